@@ -1,0 +1,48 @@
+"""How a driver reaches a device: BAR 0, registers, DMA mapping. One file a transport; `Bus` is the seam."""
+
+from abc import ABC, abstractmethod
+
+
+class Bus(ABC):
+    """One device on one transport. `name` is the device's spec, for messages."""
+
+    name = "?"
+    vendor, device = 0, 0  # PCI ids
+    simulated = False
+    memory_needs = "2 MiB huge pages"  # of core.memory: ANY, LOCKED or HUGE
+    bar0 = None  # BAR 0 as a uint8 array, for the queues' doorbells in kernels
+
+    @abstractmethod
+    def read32(self, offset):
+        """The 32-bit register at byte `offset` of BAR 0."""
+
+    @abstractmethod
+    def write32(self, offset, value):
+        """Write the 32-bit register at byte `offset` of BAR 0."""
+
+    @abstractmethod
+    def map_dma(self, memory):
+        """Let the device reach `memory` (a DmaMemory) and return where it sees each page: uint64, shape (pages,)."""
+
+    @abstractmethod
+    def unmap_dma(self, memory):
+        """Take that back."""
+
+    @abstractmethod
+    def close(self):
+        """Let go of the device. The driver has made it quiet before."""
+
+    def start(self):
+        """Called once the driver has set the device up."""
+
+    @property
+    def finished(self):
+        """True once a finite input has ended and all of it went through. Hardware never finishes."""
+        return False
+
+    def check(self):
+        """Raise IxyError if the transport failed since (a peer gone, a disk full)."""
+
+    def summary(self):
+        """More about a run, as a dict for the apps' JSON; empty for hardware."""
+        return {}

@@ -1,0 +1,1 @@
+"""What every driver stands on: compilation, ordered memory access, registers, DMA memory, packet buffers."""

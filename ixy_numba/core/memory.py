@@ -1,0 +1,108 @@
+"""DMA memory: what the device reads and writes while the kernels do, as NumPy views over one mapping."""
+
+import ctypes
+import itertools
+import mmap
+
+import numpy as np
+
+from .errors import ClosedError, DmaError, UsageError
+
+PAGE, HUGE_PAGE = mmap.PAGESIZE, 2 << 20
+ANY, LOCKED, HUGE = "any pages", "locked pages", "2 MiB huge pages"  # what a bus needs, weakest first
+
+_MAP_HUGETLB, _MAP_HUGE_2MB = 0x40000, 21 << 26
+_libc = ctypes.CDLL(None, use_errno=True)
+# Addresses as the device sees them: never equal to virtual ones, so that a mix-up faults at once; below 2**39, as far as
+# the narrowest IOMMUs reach. Handed out once a process, so that one pool can be mapped for several devices.
+_iova = itertools.count(4 << 30, 1 << 30)
+IOVA_LIMIT = 1 << 39
+
+
+class DmaMemory:
+    """`size` bytes (rounded up to whole pages) that a device may reach once its bus has mapped them.
+
+    `needs` says what the device asks of the pages: HUGE (physically contiguous, 2 MiB), LOCKED, or ANY (a software
+    device). Huge pages are taken where there are any; the rest is ordinary memory, locked when allowed.
+    Attributes: `array` (uint8, shape (size,)), `iova` (the device's address of byte 0), `page_size`.
+    Raises DmaError where the need cannot be met. The memory is private to the process: however it ends, the kernel
+    takes the pages back.
+    """
+
+    def __init__(self, size, needs=ANY):
+        if size <= 0:
+            raise UsageError(f"DMA memory of {size} bytes: expected at least 1")
+        self._map, self.page_size = _map(size, needs)
+        self.size = len(self._map)
+        self.array = np.frombuffer(self._map, np.uint8)
+        self.iova = next(_iova)
+        if self.size > 1 << 30 or self.iova + self.size > IOVA_LIMIT:
+            raise DmaError(f"DMA memory of {self.size} bytes: expected at most 1 GiB a region and 508 regions")
+        self._taken = 0
+
+    @property
+    def virtual_address(self):
+        return self._open().ctypes.data
+
+    @property
+    def closed(self):
+        return self.array is None
+
+    def take(self, dtype, align=64):
+        """The next free part of the memory as one record of `dtype`; returns (record, iova of its first byte)."""
+        start = -(-self._taken // align) * align
+        if start + dtype.itemsize > self.size:
+            raise DmaError(f"DMA memory: {dtype.itemsize} bytes asked for, {max(self.size - start, 0)} left")
+        self._taken = start + dtype.itemsize
+        return record(self._open()[start : self._taken], dtype), self.iova + start
+
+    def close(self):
+        """Give the memory back. Views that are still held read zeros from then on; nothing is left unmapped."""
+        if self.closed:
+            return
+        self.array = None
+        try:
+            self._map.close()
+        except BufferError:  # somebody holds a view: keep the addresses, drop the pages
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _open(self):
+        if self.closed:
+            raise ClosedError("this DMA memory is closed; open the device again")
+        return self.array
+
+
+def record(array, dtype):
+    """A uint8 array of exactly `dtype.itemsize` bytes as one record, whose fields read and write that memory."""
+    return array.view(np.dtype((np.record, dtype)))[0]
+
+
+def new_record(dtype):
+    """A zeroed record in ordinary memory, aligned to a cache line."""
+    raw = np.zeros(dtype.itemsize + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return record(raw[start : start + dtype.itemsize], dtype)
+
+
+def _map(size, needs):
+    """(mapping, page size): huge pages first, then what `needs` leaves."""
+    rounded = -(-size // HUGE_PAGE) * HUGE_PAGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    try:
+        return mmap.mmap(-1, rounded, flags=flags | _MAP_HUGETLB | _MAP_HUGE_2MB), HUGE_PAGE
+    except OSError:
+        if needs == HUGE:
+            pages = rounded // HUGE_PAGE
+            raise DmaError(f"DMA memory: {pages} free huge pages of 2 MiB needed, fewer are there; set them up: "
+                           f"echo {pages + 64} > /proc/sys/vm/nr_hugepages (as root)") from None
+    size = -(-size // PAGE) * PAGE
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise DmaError(f"DMA memory of {size} bytes: {error.strerror}; free some memory or ask for less") from None
+    if size >= HUGE_PAGE:
+        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer TLB misses where the kernel has such pages to give
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)) and needs == LOCKED:
+        raise DmaError(f"DMA memory: cannot lock {size} bytes; raise the limit (ulimit -l) or set up huge pages")
+    return memory, PAGE

@@ -1,0 +1,157 @@
+"""Packet buffers: where they lie, who owns each, and handles that cannot outlive their packet.
+
+A packet in an application's hands is one `uint64`, its handle:
+
+    bits  0..31  the buffer's index in its pool
+    bits 32..47  the frame's length in bytes
+    bits 48..63  the buffer's generation; its low 4 bits are the pool's id
+
+The pool's table has one word a buffer, `device address << 16 | generation`, so that one load serves both the descriptor
+and the check. The generation moves on when a buffer leaves the application (sent or freed): a handle kept from before, a
+handle freed twice, or one of another pool no longer matches, is counted in `bad_handles` and otherwise ignored.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import ClosedError, DmaError, UsageError
+from .jit import CHECKED, kernel
+from .memory import DmaMemory, new_record
+
+U = np.uint64
+ZERO, ONE = U(0), U(1)
+LENGTH_SHIFT, GENERATION_SHIFT, ADDRESS_SHIFT = U(32), U(48), U(16)
+INDEX_MASK, LENGTH_MASK = U(0xFFFFFFFF), U(0xFFFF << 32)
+LOW16, NEXT_GENERATION = U(0xFFFF), U(16)
+
+BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
+BUFFER_STRIDE = 2176  # no power of two: neighbouring packets do not fight for the same cache sets
+MAX_BATCH = 256
+
+_BUFFER = np.dtype([("data", "u1", (BUFFER_STRIDE,))])
+BATCH = np.dtype([("packet", "u8", (MAX_BATCH,))])
+_ids = itertools.count(1)
+
+
+class PoolView(NamedTuple):
+    """What kernels see of a pool: `table` (free list and words, ordinary memory) and `memory` (`memory.buffer[i].data`)."""
+
+    table: np.record
+    memory: np.record
+
+
+class Pool:
+    """`count` packet buffers in DMA memory, for one or more devices of one thread.
+
+    A packet received on one device and sent on another that share the pool returns to it. `bus.map_dma` makes the memory
+    reachable for a device; the address must come out the same for every device of the pool.
+    Raises UsageError for a count outside 64..262144, DmaError where memory is short.
+    """
+
+    def __init__(self, count=4096, needs="any pages"):
+        if not 64 <= count <= 262144:
+            raise UsageError(f"pool of {count} buffers: expected 64 to 262144")
+        self.count = count
+        self.memory = DmaMemory(count * BUFFER_STRIDE, needs)
+        layout = np.dtype([("buffer", _BUFFER, (count,))])
+        buffers, _ = self.memory.take(layout)
+        table = new_record(np.dtype([
+            ("top", "u8"),  # buffers free[0:top] are free
+            ("bad_handles", "u8"), ("empty", "u8"),  # refused handles; batches that an empty pool ended early
+            ("word", "u8", (count,)), ("free", "u4", (count,))]))
+        self.id = next(_ids) % 16
+        table.word = self.id
+        self.view = PoolView(table, buffers)
+        self._addresses = None
+
+    def map(self, bus):
+        """Make the buffers reachable for a device behind `bus`."""
+        if self.memory.closed:
+            raise ClosedError("this pool is closed; make another")
+        addresses = bus.map_dma(self.memory)
+        first = addresses[np.arange(self.count) * BUFFER_STRIDE // self.memory.page_size]
+        first = first + np.arange(self.count) * BUFFER_STRIDE % self.memory.page_size
+        if self._addresses is None:
+            self._addresses = first
+            self._fill(addresses, first)
+        elif (self._addresses != first).any():
+            raise DmaError("the devices see this pool at different addresses; give each a pool of its own")
+
+    def _fill(self, addresses, first):
+        """Every buffer that is contiguous for the device becomes free, the lowest on top."""
+        table = self.view.table
+        page = self.memory.page_size
+        end = np.arange(self.count) * BUFFER_STRIDE + BUFFER_SIZE - 1
+        last = addresses[end // page] + end % page
+        usable = np.flatnonzero(last - first == BUFFER_SIZE - 1)
+        table.word = first.astype(np.uint64) << ADDRESS_SHIFT | table.word & LOW16
+        table.free[: len(usable)] = usable[::-1]
+        table.top = len(usable)
+        self.usable = len(usable)
+
+    def batch(self):
+        """An empty batch record, `batch.packet` of uint64, shape (256,), for the verbs."""
+        return new_record(BATCH)
+
+    @property
+    def available(self):
+        """How many buffers are free."""
+        return int(self.view.table.top)
+
+    def close(self):
+        self.memory.close()
+
+
+@kernel(inline=True)
+def owns(table, handle):
+    """Whether `handle` is a packet of this pool that the application still holds. Checked mode only; fast says True."""
+    if CHECKED:
+        index = handle & INDEX_MASK
+        return index < U(len(table.word)) and table.word[index] & LOW16 == handle >> GENERATION_SHIFT
+    return True
+
+
+@kernel(inline=True)
+def leave(table, index):
+    """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
+    word = table.word[index]
+    if CHECKED:
+        table.word[index] = (word & ~LOW16) | ((word + NEXT_GENERATION) & LOW16)
+    return word >> ADDRESS_SHIFT
+
+
+@kernel
+def alloc_batch(pool, batch, limit):
+    """Take up to `limit` free buffers as empty packets (length 0): batch.packet[0:n]; returns n. The caller owns them.
+
+    `pool` is a device's or a queue's `.pool`; at most 256. An empty pool gives fewer and counts it.
+    """
+    table = pool.table
+    n = min(U(limit), U(MAX_BATCH), table.top)
+    if n < min(U(limit), U(MAX_BATCH)):
+        table.empty += ONE
+    for k in range(n):
+        index = U(table.free[table.top - ONE - k])
+        batch.packet[k] = index | (table.word[index] << GENERATION_SHIFT)
+    table.top -= n
+    return n
+
+
+@kernel
+def free_batch(pool, batch, first, end):
+    """Give packets batch.packet[first:end] back to their pool; returns how many were valid. Others are counted."""
+    table = pool.table
+    freed = ZERO
+    for k in range(U(first), U(end)):
+        handle = batch.packet[k]
+        if not owns(table, handle):
+            table.bad_handles += ONE
+            continue
+        index = handle & INDEX_MASK
+        leave(table, index)
+        table.free[table.top] = index
+        table.top += ONE
+        freed += ONE
+    return freed
