@@ -9,6 +9,7 @@ class Bus(ABC):
     name = "?"
     vendor, device = 0, 0  # PCI ids
     simulated = False
+    finite = False  # whether what it receives comes to an end (a capture, a number of generated frames)
     memory_needs = "2 MiB huge pages"  # of core.memory: ANY, LOCKED or HUGE
     bar0 = None  # BAR 0 as a uint8 array, for the queues' doorbells in kernels
 

@@ -64,6 +64,7 @@ class DmaMemory:
         try:
             self._map.close()
         except BufferError:  # somebody holds a view: keep the addresses, drop the pages
+            _libc.munlock(*_extent(self._map))
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def _open(self):
@@ -102,7 +103,10 @@ def _map(size, needs):
         raise DmaError(f"DMA memory of {size} bytes: {error.strerror}; free some memory or ask for less") from None
     if size >= HUGE_PAGE:
         memory.madvise(mmap.MADV_HUGEPAGE)  # fewer TLB misses where the kernel has such pages to give
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    if _libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)) and needs == LOCKED:
+    if _libc.mlock(*_extent(memory)) and needs == LOCKED:
         raise DmaError(f"DMA memory: cannot lock {size} bytes; raise the limit (ulimit -l) or set up huge pages")
     return memory, PAGE
+
+
+def _extent(memory):
+    return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory))), ctypes.c_size_t(len(memory))

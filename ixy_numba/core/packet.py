@@ -188,7 +188,7 @@ for _size in (2, 4, 8):
 @intrinsic
 def _view(typingctx, buffer, length, port):
     """The first `length` bytes of a pool's buffer; the caller has checked that `length` fits."""
-    offset = buffer.offset("data")
+    offset = buffer.offset("octets")
 
     def codegen(context, builder, sig, args):
         view = _struct(context, builder)
@@ -265,7 +265,7 @@ class Packet:
 if INTERPRETED:
 
     def _view(buffer, length, port):
-        return Packet(buffer.data[: int(length)], int(port))
+        return Packet(buffer.octets[: int(length)], int(port))
 
 
 @kernel(inline=True)

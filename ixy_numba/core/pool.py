@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import ClosedError, DmaError, UsageError
 from .jit import CHECKED, kernel
-from .memory import DmaMemory, new_record
+from .memory import ANY, DmaMemory, new_record
 
 U = np.uint64
 ZERO, ONE = U(0), U(1)
@@ -30,13 +30,13 @@ BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
 BUFFER_STRIDE = 2176  # no power of two: neighbouring packets do not fight for the same cache sets
 MAX_BATCH = 256
 
-_BUFFER = np.dtype([("data", "u1", (BUFFER_STRIDE,))])
+_BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
 BATCH = np.dtype([("packet", "u8", (MAX_BATCH,))])
 _ids = itertools.count(1)
 
 
 class PoolView(NamedTuple):
-    """What kernels see of a pool: `table` (free list and words, ordinary memory) and `memory` (`memory.buffer[i].data`)."""
+    """What kernels see of a pool: `table` (free list and words, ordinary memory) and `memory` (`memory.buffer[i].octets`)."""
 
     table: np.record
     memory: np.record
@@ -47,13 +47,14 @@ class Pool:
 
     A packet received on one device and sent on another that share the pool returns to it. `bus.map_dma` makes the memory
     reachable for a device; the address must come out the same for every device of the pool.
+    A `transient` pool closes itself when the last of its devices does.
     Raises UsageError for a count outside 64..262144, DmaError where memory is short.
     """
 
-    def __init__(self, count=4096, needs="any pages"):
+    def __init__(self, count=4096, needs=ANY, transient=False):
         if not 64 <= count <= 262144:
             raise UsageError(f"pool of {count} buffers: expected 64 to 262144")
-        self.count = count
+        self.count, self.transient, self._devices = count, transient, 0
         self.memory = DmaMemory(count * BUFFER_STRIDE, needs)
         layout = np.dtype([("buffer", _BUFFER, (count,))])
         buffers, _ = self.memory.take(layout)
@@ -71,6 +72,7 @@ class Pool:
         if self.memory.closed:
             raise ClosedError("this pool is closed; make another")
         addresses = bus.map_dma(self.memory)
+        self._devices += 1
         first = addresses[np.arange(self.count) * BUFFER_STRIDE // self.memory.page_size]
         first = first + np.arange(self.count) * BUFFER_STRIDE % self.memory.page_size
         if self._addresses is None:
@@ -78,6 +80,13 @@ class Pool:
             self._fill(addresses, first)
         elif (self._addresses != first).any():
             raise DmaError("the devices see this pool at different addresses; give each a pool of its own")
+
+    def unmap(self, bus):
+        """Take the buffers from the device behind `bus` again."""
+        bus.unmap_dma(self.memory)
+        self._devices -= 1
+        if self.transient and not self._devices:
+            self.close()
 
     def _fill(self, addresses, first):
         """Every buffer that is contiguous for the device becomes free, the lowest on top."""
@@ -90,6 +99,21 @@ class Pool:
         table.free[: len(usable)] = usable[::-1]
         table.top = len(usable)
         self.usable = len(usable)
+
+    def reserve(self, n):
+        """Take `n` buffers out for good (a receive ring's): their indices, uint32. DmaError where fewer are free."""
+        table = self.view.table
+        if n > table.top:
+            raise DmaError(f"a pool with {int(table.top)} free buffers of {self.count}: {n} needed; make a larger one")
+        table.top -= np.uint64(n)
+        return table.free[int(table.top) : int(table.top) + n].copy()
+
+    def restore(self, indices):
+        """Put buffers back that a closed device held."""
+        table = self.view.table
+        start = int(table.top)
+        table.free[start : start + len(indices)] = indices
+        table.top = start + len(indices)
 
     def batch(self):
         """An empty batch record, `batch.packet` of uint64, shape (256,), for the verbs."""

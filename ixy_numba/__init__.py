@@ -1,0 +1,22 @@
+"""ixy_numba: network drivers in Python whose hot loop Numba compiles.
+
+    handler, DROP, Forwarder              write a handler, run it between receive and transmit
+    open_device, open_devices             bring devices up
+    rx_batch, tx_batch, alloc_batch, free_batch, packet, resize, kernel
+                                          the batch verbs, for loops of your own
+"""
+
+from .core.errors import ClosedError, DmaError, IxyError, RegisterTimeout, UsageError
+from .core.jit import kernel
+from .core.packet import Packet, packet, resize
+from .core.pool import MAX_BATCH, Pool, alloc_batch, free_batch
+from .datapath import DROP, handler, rx_batch, tx_batch
+from .device import Statistics, open_device, open_devices
+from .forwarder import Forwarder
+
+__version__ = "0.1.0"
+__all__ = [
+    "DROP", "MAX_BATCH", "ClosedError", "DmaError", "Forwarder", "IxyError", "Packet", "Pool", "RegisterTimeout",
+    "Statistics", "UsageError", "alloc_batch", "free_batch", "handler", "kernel", "open_device", "open_devices",
+    "packet", "resize", "rx_batch", "tx_batch",
+]

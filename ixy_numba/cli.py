@@ -1,0 +1,151 @@
+"""What the apps share: arguments, errors as one line, Ctrl-C, figures every second, JSON at the end."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+from .core.errors import IxyError
+from .core.jit import MODE
+from .device import Statistics, mbit
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+
+
+def parser(app, description, example):
+    """An argument parser in the house style, with --json."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m ixy_numba.{app}", description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  {example}\n\ndevices:\n{device_help()}")
+    made.add_argument("--json", action="store_true",
+                      help="figures go to stderr; the last line of stdout is one JSON object")
+    return made
+
+
+def device_help():
+    from .sim import OPTIONS
+
+    lines = ["  sim[:KEY=VALUE,...]  a simulated 82599; keys:"]
+    return "\n".join(lines + [f"    {key:<12} {text}" for key, text in OPTIONS.items()])
+
+
+def between(low, high, kind=int):
+    """An argparse type: a number from `low` to `high` (None: no upper end)."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {word} " + (
+                f"of at least {low}" if high is None else f"from {low} to {high}"))
+        return value
+
+    return convert
+
+
+def main(run, argv=None):
+    """Run an app: `run(argv, stop)` returns its exit code. Ends the process's errors as one line each.
+
+    `stop` is a threading.Event that Ctrl-C and SIGTERM set. A second Ctrl-C ends the process at once.
+    """
+    stop = threading.Event()
+
+    def ask_to_stop(number, frame):
+        if stop.is_set() and number == signal.SIGINT:
+            os._exit(128 + number)  # asked twice: not even for the compiler, which cannot be interrupted
+        stop.set()
+
+    previous = [(number, signal.signal(number, ask_to_stop)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        code = run(argv, stop)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_OK
+    except IxyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except MemoryError:
+        print("error: out of memory; use fewer queues or smaller rings", file=sys.stderr)
+        code = EXIT_FAILURE
+    finally:
+        for number, handler in previous:
+            signal.signal(number, handler)
+    return code
+
+
+class Report:
+    """Figures while an app runs: a line a device and second, and the summary that ends the run."""
+
+    def __init__(self, app, devices, as_json, stop, duration_s=None):
+        self.app, self.devices, self.as_json, self.stop = app, devices, as_json, stop
+        self.duration_s = duration_s
+        self.out = sys.stderr if as_json else sys.stdout
+        self.started = None  # when packets could first move
+        self.ended = None
+
+    def watch(self, ready, finished, tick=lambda: None):
+        """Print once a second until `finished()`, the duration (counted from `ready()`) or a stop. Polls every 5 ms."""
+        asked = time.monotonic()
+        told = False
+        last, before = None, [device.stats() for device in self.devices]
+        while not self.stop.is_set():
+            now = time.monotonic()
+            if self.started is None:
+                if ready():
+                    self.started = last = now
+                elif not told and now - asked > 1.5 and sys.stderr.isatty():
+                    told = True
+                    print("compiling kernels for this machine (once; they are cached) …", file=sys.stderr, flush=True)
+            elif now - last >= 1:
+                stats = [device.stats() for device in self.devices]
+                for device, new, old in zip(self.devices, stats, before, strict=True):
+                    self._line(device, new - old, now - last)
+                last, before = now, stats
+            tick()
+            if finished() or (self.duration_s is not None and self.started is not None
+                              and now - self.started >= self.duration_s):
+                break
+            self.stop.wait(0.005)
+        self.ended = time.monotonic()
+        self.started = self.started or self.ended
+
+    @property
+    def seconds(self):
+        return self.ended - self.started
+
+    def _line(self, device, change, seconds):
+        parts = []
+        for way, packets, data_bytes in (("rx", change.rx_packets, change.rx_bytes),
+                                         ("tx", change.tx_packets, change.tx_bytes)):
+            parts.append(f"{way} {packets / seconds / 1e6:7.3f} Mpps {mbit(packets, data_bytes) / seconds:9.1f} Mbit/s")
+        kind = " (simulated)" if device.simulated else ""
+        print(f"{device.name}{kind}: {'   '.join(parts)}", file=self.out, flush=True)
+
+    def finish(self, sentence, **values):
+        """The last words: `sentence` for people, or all `values` and the ports as JSON."""
+        simulated = any(device.simulated for device in self.devices)
+        print(f"{sentence}{' (simulated)' if simulated else ''}", file=self.out, flush=True)
+        if self.as_json:
+            ports = [port_summary(device) for device in self.devices]
+            print(json.dumps({"app": self.app, "seconds": round(self.seconds, 6), "mode": MODE, **values,
+                              "ports": ports}), flush=True)
+
+
+def port_summary(device):
+    """One port for the JSON: who it is, its Statistics, and what its bus has to add."""
+    stats: Statistics = device.stats()
+    return {"device": device.name, "driver": device.driver, "simulated": device.simulated, **vars(stats),
+            **device.bus.summary()}
+
+
+def rate(packets, seconds):
+    """Mpps, 0 for an empty run."""
+    return packets / seconds / 1e6 if seconds > 0 else 0.0

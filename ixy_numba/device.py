@@ -1,0 +1,221 @@
+"""`open_device(spec)`: from what a user types to a network device that is up, whatever its bus and driver."""
+
+import importlib
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+
+from .core.errors import ClosedError, IxyError, UsageError
+from .core.pool import Pool
+
+PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+SCHEMES = {"sim": "ixy_numba.sim"}  # a module with `open_bus(spec, options)`
+
+
+@dataclass
+class Statistics:
+    """Packets and bytes since the device was opened; bytes without CRC. Errors are damaged or misshapen frames."""
+
+    rx_packets: int = 0
+    rx_bytes: int = 0
+    tx_packets: int = 0
+    tx_bytes: int = 0
+    rx_errors: int = 0
+    rx_dropped: int = 0  # no descriptor was free
+    tx_dropped: int = 0
+
+    def __add__(self, other):
+        return Statistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other):
+        return Statistics(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+def mbit(packets, data_bytes):
+    """Megabits on the wire: a frame has 4 bytes of CRC, and 20 of preamble and gap around it."""
+    return (data_bytes + 24 * packets) * 8 / 1e6
+
+
+class Device(ABC):
+    """A network device that is up: `queues` receive and transmit queues, queue k of both on `pools[k]`.
+
+    `rx[k]` and `tx[k]` are what the verbs of `ixy_numba.datapath` take. Use it as a context manager, or `close()` it.
+    """
+
+    driver = "?"
+    MAX_QUEUES, RING_SIZES = 1, ()
+
+    def __init__(self, bus, queues, ring_size, pools, promiscuous, trace):
+        self.bus, self.name, self.simulated = bus, bus.name, bus.simulated
+        self.queues, self.ring_size, self.promiscuous, self.trace = queues, ring_size, promiscuous, trace
+        if not 1 <= queues <= self.MAX_QUEUES:
+            raise UsageError(f"{self.name}: {queues} queues: expected 1 to {self.MAX_QUEUES}")
+        if ring_size not in self.RING_SIZES:
+            raise UsageError(f"{self.name}: ring size {ring_size}: expected a power of two from {self.RING_SIZES[0]} to "
+                             f"{self.RING_SIZES[-1]}")
+        self.pools = pools or transient_pools(queues, ring_size, 1, bus)
+        if len(self.pools) != queues:
+            raise UsageError(f"{self.name}: {len(self.pools)} pools for {queues} queues: expected one each")
+        self._total, self._closed = Statistics(), False
+        for pool in self.pools:
+            pool.map(bus)
+        self._set_up()
+        bus.start()
+
+    @property
+    def pool(self):
+        """What `alloc_batch`, `free_batch` and `packet` take: the pool of queue 0."""
+        return self.pools[0].view
+
+    def stats(self):
+        """Statistics since the device was opened, accumulated from the hardware's counters."""
+        self._check_open()
+        self._total = self._total + self._read_counters()
+        errors = sum(int(rxq.state.errors) for rxq in self.rx)
+        dropped = sum(int(txq.state.dropped) for txq in self.tx)
+        return self._total + Statistics(rx_errors=errors, tx_dropped=dropped)
+
+    def set_promiscuous(self, on):
+        """Accept frames for any address (the default), or only the device's own and broadcast."""
+        self._check_open()
+        self._set_promiscuous(on)
+        self.promiscuous = on
+
+    def close(self):
+        """Queues off, DMA stopped, memory back. Stop the threads that use the device first. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        errors = self._quiesce()
+        for pool, buffers in zip(self.pools, self._release(), strict=True):
+            pool.restore(buffers)
+            pool.unmap(self.bus)
+        self.bus.close()
+        if errors:
+            raise IxyError(f"{self.name}: closed, but it did not become quiet: {errors[0]}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _check_open(self):
+        if self._closed:
+            raise ClosedError(f"{self.name} is closed; open it again")
+
+    @abstractmethod
+    def _set_up(self):
+        """Bring the device up and make `rx` and `tx`."""
+
+    @abstractmethod
+    def _quiesce(self):
+        """Stop all DMA; returns the errors met."""
+
+    @abstractmethod
+    def _release(self):
+        """Unmap and free what `_set_up` took; returns the indices of the buffers that each queue's rings held."""
+
+    @abstractmethod
+    def _read_counters(self):
+        """What the hardware counted since the last call, as Statistics."""
+
+    @abstractmethod
+    def _set_promiscuous(self, on):
+        """Switch the filter."""
+
+    @abstractmethod
+    def wait_for_link(self, timeout_s=10.0):
+        """Mbit/s of the link, 0 if it is still down after `timeout_s` seconds."""
+
+    @property
+    @abstractmethod
+    def link_mbit(self):
+        """Mbit/s of the link, 0 when it is down."""
+
+    @property
+    @abstractmethod
+    def mac(self):
+        """The address that the filter accepts, 6 bytes."""
+
+    @abstractmethod
+    def set_mac(self, address):
+        """Change it."""
+
+
+def transient_pools(queues, ring_size, devices, bus):
+    """A pool a queue, each enough for both rings of every device and batches in hand, in powers of two."""
+    count = max(4096, 1 << (2 * ring_size * devices + 1024 - 1).bit_length())
+    return [Pool(count, bus.memory_needs, transient=True) for _ in range(queues)]
+
+
+def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, trace=None):
+    """Open what `spec` names and bring it up: `sim` or `sim:KEY=VALUE,…` (see `ixy_numba.sim`).
+
+    queues       receive and transmit queues (82599: 1 to 64)
+    ring_size    descriptors a ring (82599: a power of two, 64 to 4096)
+    pools        one `Pool` a queue; devices that forward to each other share them. Default: pools of the device's own
+    trace        called as trace("R" or "W", register, value) for every register access of the set-up
+    UsageError for a spec or an argument that cannot be, IxyError for a device that does not come up.
+    """
+    bus = open_bus(spec)
+    try:
+        return _attach(bus, queues, ring_size, pools, promiscuous, trace)
+    except BaseException:
+        bus.close()
+        raise
+
+
+def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None):
+    from .drivers import find  # the drivers import this module
+
+    return find(bus)(bus, queues, ring_size, pools, promiscuous, trace)
+
+
+def open_devices(specs, *, queues=1, ring_size=512, **more):
+    """Open several devices that share one pool a queue, so that packets can go from each to any; see `open_device`.
+
+    On an error those already open are closed again.
+    """
+    opened, pools = [], None
+    try:
+        for spec in specs:
+            bus = open_bus(spec)
+            try:
+                pools = pools or transient_pools(queues, ring_size, len(specs), bus)
+                opened.append(_attach(bus, queues, ring_size, pools, **more))
+            except BaseException:
+                bus.close()
+                raise
+    except BaseException:
+        for device in opened:
+            device.close()
+        raise
+    return opened
+
+
+def open_bus(spec):
+    """The transport behind a device spec."""
+    if PCI_ADDRESS.fullmatch(spec):
+        raise UsageError(f"{spec}: PCI devices are not supported yet, only simulated ones; try 'sim'")
+    scheme, _, rest = spec.partition(":")
+    if scheme not in SCHEMES:
+        raise UsageError(f"no such device {spec!r}: expected {' or '.join(SCHEMES)}, or {scheme_example()}")
+    return importlib.import_module(SCHEMES[scheme]).open_bus(spec, parse_options(spec, rest))
+
+
+def scheme_example():
+    return "'sim:KEY=VALUE,…' such as 'sim:in=file.pcap'"
+
+
+def parse_options(spec, text):
+    """`a=1,b=2` as a dict; UsageError for anything else."""
+    options = {}
+    for part in text.split(",") if text else []:
+        key, equals, value = part.partition("=")
+        if not key or not equals or not value:
+            raise UsageError(f"{spec}: {part!r}: expected KEY=VALUE, separated by commas")
+        if key in options:
+            raise UsageError(f"{spec}: {key} is given twice")
+        options[key] = value
+    return options

@@ -1,0 +1,134 @@
+"""Intel 82599, X540, X550 and X552: 10 GbE."""
+
+import numpy as np
+
+from ...core.errors import DmaError, UsageError
+from ...core.memory import DmaMemory, new_record, record
+from ...core.pool import ADDRESS_SHIFT, GENERATION_SHIFT, INDEX_MASK
+from ...core.registers import Registers
+from ...device import Device, Statistics
+from . import descriptors, kernels, setup
+from . import regs as r
+
+VENDOR = 0x8086
+IDS = {
+    0x10F7: "82599 KX4", 0x10F8: "82599 combined backplane", 0x10F9: "82599 CX4", 0x10FB: "82599 SFP+",
+    0x10FC: "82599 XAUI", 0x1507: "82599 SFP+ EM", 0x1514: "82599 KX4 mezzanine", 0x1517: "82599 KR",
+    0x151C: "82599 T3 LOM", 0x1529: "82599 SFP+ FCoE", 0x152A: "82599 backplane FCoE", 0x154A: "82599 quad SFP+",
+    0x154D: "82599 SFP+ SF2", 0x154F: "82599 LS", 0x1557: "82599EN SFP+", 0x1558: "82599 QSFP+",
+    0x1528: "X540-T", 0x1560: "X540-T1", 0x1563: "X550-T", 0x15D1: "X550-T1",
+    0x15AA: "X552 KX4", 0x15AB: "X552 KR", 0x15AC: "X552 SFP+", 0x15AD: "X552 10GBASE-T", 0x15AE: "X552 1GBASE-T",
+    0x15B0: "X552 XFI",
+}
+# Known, and refused by name: their registers differ.
+REFUSED = {0x10ED: "82599 virtual function", 0x1515: "X540 virtual function", 0x1565: "X550 virtual function",
+           0x15A8: "X552 virtual function", 0x10B6: "82598", 0x10C6: "82598 AF", 0x10C7: "82598 AF single",
+           0x10DB: "82598 SFP", 0x15C4: "X553 SFP+", 0x15E5: "X553 1GBASE-T"}
+
+
+class Ixgbe(Device):
+    """One port of the 82599 family. See `device.Device` for what it offers."""
+
+    driver = "ixgbe"
+    MAX_QUEUES = r.QUEUES
+    RING_SIZES = tuple(1 << k for k in range(6, 13))
+
+    def _set_up(self):
+        self.regs = Registers(self.name, self.bus.read32, self.bus.write32, self.trace)
+        rings = 16 * self.ring_size * 2 * self.queues
+        self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs)
+        addresses = self.bus.map_dma(self._memory)
+        page = self._memory.page_size
+        rx, tx = (descriptors.ring(kind, self.ring_size) for kind in (descriptors.RX, descriptors.TX))
+
+        def take(dtype):
+            ring, iova = self._memory.take(dtype, align=128)
+            start = iova - self._memory.iova
+            address = int(addresses[start // page]) + start % page
+            if int(addresses[(start + dtype.itemsize - 1) // page]) + (start + dtype.itemsize - 1) % page != (
+                    address + dtype.itemsize - 1):
+                raise DmaError(f"{self.name}: a ring of {self.ring_size} descriptors is not contiguous for the device; "
+                               "choose a smaller ring size")
+            return ring, address
+
+        rx_rings = [take(rx) for _ in range(self.queues)]
+        tx_rings = [take(tx) for _ in range(self.queues)]
+        regs = self.regs
+        setup.disable_interrupts(regs)
+        setup.reset(regs)
+        setup.wait_for_eeprom(regs)
+        setup.wait_for_dma(regs)
+        setup.init_link(regs)
+        setup.clear_counters(regs)
+        setup.init_receive(regs, [(iova, self.ring_size) for _, iova in rx_rings])
+        setup.init_transmit(regs, [(iova, self.ring_size) for _, iova in tx_rings])
+        self.rx = [self._receive_queue(k, ring) for k, (ring, _) in enumerate(rx_rings)]
+        self.tx = [self._transmit_queue(k, ring) for k, (ring, _) in enumerate(tx_rings)]
+        for k in range(self.queues):
+            setup.start_transmit_queue(regs, k)
+            setup.start_receive_queue(regs, k, self.ring_size)
+        setup.set_promiscuous(regs, self.promiscuous)
+
+    def _registers_of(self, block, k, dtype):
+        start = block + k * r.QUEUE_STRIDE
+        return record(self.bus.bar0[start : start + dtype.itemsize], dtype)
+
+    def _receive_queue(self, k, ring):
+        """The queue's records, with a buffer of its pool in every descriptor."""
+        pool, state = self.pools[k], new_record(kernels.rx_state(self.ring_size))
+        buffers = pool.reserve(self.ring_size)
+        words = pool.view.table.word[buffers]
+        state.held = buffers.astype(np.uint64) | words << GENERATION_SHIFT
+        ring.desc["addr"] = words >> ADDRESS_SHIFT
+        return kernels.RxQueue(ring, state, self._registers_of(r.RX_QUEUE, k, kernels.RX_REGISTERS), pool.view)
+
+    def _transmit_queue(self, k, ring):
+        state = new_record(kernels.tx_state(self.ring_size))
+        regs = self._registers_of(r.TX_QUEUE, k, kernels.TX_REGISTERS)
+        return kernels.TxQueue(ring, state, regs, self.pools[k].view)
+
+    def _quiesce(self):
+        return setup.quiesce(self.regs, self.queues, self.queues)
+
+    def _release(self):
+        held = []
+        for rxq, txq in zip(self.rx, self.tx, strict=True):
+            clean, tail = int(txq.state.clean), int(txq.state.tail)
+            unsent = [int(txq.state.held[k % self.ring_size]) for k in range(clean, tail + self.ring_size * (tail < clean))]
+            held.append(np.array([*(rxq.state.held & INDEX_MASK), *unsent], np.uint32))
+        self.bus.unmap_dma(self._memory)
+        self._memory.close()
+        return held
+
+    def wait_for_link(self, timeout_s=10.0):
+        return setup.wait_for_link(self.regs, timeout_s)
+
+    @property
+    def link_mbit(self):
+        return setup.link_mbit(self.regs)
+
+    @property
+    def mac(self):
+        low, high = self.regs.read(r.RAL[0]), self.regs.read(r.RAH[0])
+        return low.to_bytes(4, "little") + r.RAH.ADDR.get(high).to_bytes(2, "little")
+
+    def set_mac(self, address):
+        if len(address) != 6 or address[0] & 1:
+            raise UsageError(f"{self.name}: MAC address {bytes(address).hex(':')}: expected 6 bytes, not a group address")
+        self.regs.write(r.RAL[0], int.from_bytes(address[:4], "little"))
+        self.regs.write(r.RAH[0], int.from_bytes(address[4:], "little") | r.RAH.AV)
+
+    def _set_promiscuous(self, on):
+        setup.set_promiscuous(self.regs, on)
+
+    def _read_counters(self):
+        def read(*registers):
+            return sum(self.regs.read(one) for register in registers for one in register.each())
+
+        rx_packets, tx_packets = read(r.GPRC), read(r.GPTC)
+        crc = 4  # GORC and GOTC count it
+        return Statistics(
+            rx_packets=rx_packets, rx_bytes=read(r.GORCL) + (read(r.GORCH) << 32) - crc * rx_packets,
+            tx_packets=tx_packets, tx_bytes=read(r.GOTCL) + (read(r.GOTCH) << 32) - crc * tx_packets,
+            rx_errors=read(r.CRCERRS, r.ILLERRC, r.ERRBC, r.RLEC, r.RUC, r.RFC, r.ROC, r.RJC),
+            rx_dropped=read(r.MPC, r.QPRDC), tx_dropped=0)

@@ -1,0 +1,205 @@
+"""The 82599's data path: what runs for every packet. Datasheet sections 7.1 (receive) and 7.2 (transmit)."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ... import datapath
+from ...core.jit import kernel
+from ...core.mmio import load_acquire, store_doorbell
+from ...core.pool import (
+    ADDRESS_SHIFT,
+    BUFFER_SIZE,
+    GENERATION_SHIFT,
+    INDEX_MASK,
+    LENGTH_SHIFT,
+    LOW16,
+    MAX_BATCH,
+    ONE,
+    ZERO,
+    PoolView,
+    U,
+    leave,
+    owns,
+)
+from .descriptors import DATA, DD, EOP, ERROR, LENGTH, ONE_BUFFER, PAYLEN_SHIFT, RS, SENT
+
+BLOCK = U(32)  # transmit descriptors that complete together: only the last of each block reports its status
+
+# The registers of one queue, mapped from BAR 0: kernels only ever write the tail.
+RX_REGISTERS = np.dtype({"names": ["RDT"], "formats": ["u4"], "offsets": [0x18], "itemsize": 0x40})
+TX_REGISTERS = np.dtype({"names": ["TDT"], "formats": ["u4"], "offsets": [0x18], "itemsize": 0x40})
+
+
+def rx_state(size):
+    """Software's side of a receive ring: the next descriptor, and which buffer (as a handle) lies in each."""
+    return np.dtype([("index", "u8"), ("errors", "u8"), ("held", "u8", (size,))])
+
+
+def tx_state(size):
+    """Software's side of a transmit ring: next free descriptor, oldest unreclaimed one, the buffer in each."""
+    return np.dtype([("tail", "u8"), ("clean", "u8"), *datapath.TX_COUNTERS, ("held", "u4", (size,))])
+
+
+class RxQueue(NamedTuple):
+    ring: np.record
+    state: np.record
+    regs: np.record
+    pool: PoolView
+
+
+class TxQueue(NamedTuple):
+    ring: np.record
+    state: np.record
+    regs: np.record
+    pool: PoolView
+
+
+@datapath.rx_batch.implement(RxQueue)
+@kernel
+def rx_batch(rxq, batch, limit):
+    ring, state, table = rxq.ring, rxq.state, rxq.pool.table
+    mask = U(len(ring.desc) - 1)
+    i, top, n, seen = state.index & mask, table.top, ZERO, ZERO
+    while seen < min(U(limit), U(MAX_BATCH)):
+        desc = ring.desc[i]
+        done = load_acquire(desc, "done")  # status and length in one read
+        if done & DD == ZERO:
+            break
+        if top == ZERO:
+            table.empty += ONE
+            break
+        held = state.held[i]
+        if sound(done):
+            batch.packet[n] = held | (done & LENGTH)
+            n += ONE
+            top -= ONE
+            index = U(table.free[top])
+            held = index | table.word[index] << GENERATION_SHIFT
+            state.held[i] = held
+        else:
+            state.errors += ONE  # the same buffer again
+        desc.addr = table.word[held & INDEX_MASK] >> ADDRESS_SHIFT
+        desc.done = ZERO
+        i = (i + ONE) & mask
+        seen += ONE
+    if seen != ZERO:
+        table.top, state.index = top, i
+        store_doorbell(rxq.regs, "RDT", (i + mask) & mask)  # one short of i: tail == head would mean "no descriptors"
+    return n
+
+
+@kernel(inline=True)
+def sound(done):
+    """Whether a write-back is a whole frame that fits its buffer: end of packet, no MAC error, 1..2048 bytes."""
+    length = (done & LENGTH) >> LENGTH_SHIFT
+    return done & (EOP | ERROR) == EOP and length != ZERO and length <= U(BUFFER_SIZE)
+
+
+@datapath.tx_batch.implement(TxQueue)
+@kernel
+def tx_batch(txq, batch, first, end):
+    table = txq.pool.table
+    space = tx_space(txq)
+    tail = tx_start(txq)
+    k, taken = U(first), ZERO
+    while k < U(end) and taken < space:
+        handle = batch.packet[k]
+        length = handle >> LENGTH_SHIFT & LOW16
+        if not owns(table, handle) or length == ZERO or length > U(BUFFER_SIZE):
+            table.bad_handles += ONE
+        else:
+            index = handle & INDEX_MASK
+            leave(table, index)
+            tail = tx_post(txq, tail, index, length)
+            taken += ONE
+        k += ONE
+    if taken != ZERO:
+        tx_finish(txq, tail)
+    return k
+
+
+# The same in steps, for loops that receive, handle and send in one pass.
+
+
+@datapath.rx_start.implement(RxQueue)
+@kernel(inline=True)
+def rx_start(rxq):
+    return rxq.state.index & U(len(rxq.ring.desc) - 1)
+
+
+@datapath.rx_next.implement(RxQueue)
+@kernel(inline=True)
+def rx_next(rxq, i):
+    done = load_acquire(rxq.ring.desc[i], "done")
+    if done & DD == ZERO:
+        return datapath.EMPTY
+    if not sound(done):
+        return datapath.BROKEN
+    return (done & LENGTH) >> LENGTH_SHIFT
+
+
+@datapath.rx_buffer.implement(RxQueue)
+@kernel(inline=True)
+def rx_buffer(rxq, i):
+    return rxq.state.held[i] & INDEX_MASK
+
+
+@datapath.rx_refill.implement(RxQueue)
+@kernel(inline=True)
+def rx_refill(rxq, i, index):
+    desc = rxq.ring.desc[i]
+    word = rxq.pool.table.word[index]
+    rxq.state.held[i] = index | word << GENERATION_SHIFT
+    desc.addr = word >> ADDRESS_SHIFT
+    desc.done = ZERO
+    return (i + ONE) & U(len(rxq.ring.desc) - 1)
+
+
+@datapath.rx_finish.implement(RxQueue)
+@kernel(inline=True)
+def rx_finish(rxq, i):
+    mask = U(len(rxq.ring.desc) - 1)
+    rxq.state.index = i
+    store_doorbell(rxq.regs, "RDT", (i + mask) & mask)
+
+
+@datapath.tx_space.implement(TxQueue)
+@kernel
+def tx_space(txq):
+    ring, state, table = txq.ring, txq.state, txq.pool.table
+    mask = U(len(ring.desc) - 1)
+    tail, clean = state.tail & mask, state.clean & mask
+    while (tail + mask + ONE - clean) & mask >= BLOCK:
+        if load_acquire(ring.desc[clean + BLOCK - ONE], "command") & SENT == ZERO:
+            break
+        for k in range(BLOCK):
+            table.free[table.top + k] = state.held[clean + k]
+        table.top += BLOCK
+        clean = (clean + BLOCK) & mask
+    state.clean = clean
+    return (clean + mask - tail) & mask
+
+
+@datapath.tx_start.implement(TxQueue)
+@kernel(inline=True)
+def tx_start(txq):
+    return txq.state.tail & U(len(txq.ring.desc) - 1)
+
+
+@datapath.tx_post.implement(TxQueue)
+@kernel(inline=True)
+def tx_post(txq, tail, index, length):
+    desc = txq.ring.desc[tail]
+    last_of_block = ((tail + ONE) & (BLOCK - ONE)) == ZERO
+    txq.state.held[tail] = index
+    desc.addr = txq.pool.table.word[index] >> ADDRESS_SHIFT
+    desc.command = DATA | ONE_BUFFER | (RS if last_of_block else ZERO) | length | length << PAYLEN_SHIFT
+    return (tail + ONE) & U(len(txq.ring.desc) - 1)
+
+
+@datapath.tx_finish.implement(TxQueue)
+@kernel(inline=True)
+def tx_finish(txq, tail):
+    txq.state.tail = tail
+    store_doorbell(txq.regs, "TDT", tail)

@@ -1,0 +1,131 @@
+"""Run a handler between devices: one thread a queue, each with its own rings, pool and state."""
+
+import copy
+import threading
+import time
+
+import numpy as np
+
+from .core.errors import IxyError, UsageError
+from .core.packet import Packet
+from .datapath import MAX_PORTS, Handler, Lane, forward_loop, new_control
+
+
+class Forwarder:
+    """Forward between `devices` as `handler` says: `with Forwarder(devices, handler) as forwarder: …`.
+
+    Port k is devices[k]. With several queues each has a thread of its own and a deep copy of `state`; `states` are they.
+    `packets` ends the run once that many are forwarded (exactly with one queue, at least with more).
+    Raises UsageError if the devices do not share their pools (`open_devices` sees to that).
+    """
+
+    def __init__(self, devices, handler, *, state=None, batch_size=32, packets=None):
+        if not isinstance(handler, Handler):
+            raise UsageError(f"{handler!r}: expected a function under the @handler decorator")
+        if not 1 <= len(devices) <= MAX_PORTS:
+            raise UsageError(f"{len(devices)} devices: expected 1 to {MAX_PORTS}")
+        if not 1 <= batch_size <= 256:
+            raise UsageError(f"batch size {batch_size}: expected 1 to 256")
+        if packets is not None and packets < 0:
+            raise UsageError(f"{packets} packets: expected 0 or more")
+        if handler.takes_state != (state is not None):
+            raise UsageError(f"handler {handler.__name__}: "
+                             + ("takes a state, none was given" if state is None else "takes no state, one was given"))
+        for device in devices[1:]:
+            if list(map(id, device.pools)) != list(map(id, devices[0].pools)):
+                raise UsageError(f"{devices[0].name} and {device.name} have pools of their own; open them with "
+                                 "open_devices, or open the second with pools=first.pools")
+        self.devices, self.handler, self.packets = devices, handler, packets
+        queues = devices[0].queues
+        self.states = [state] + [copy.deepcopy(state) for _ in range(queues - 1)]
+        self.controls = [new_control(len(devices), batch_size, packets) for _ in range(queues)]
+        self._threads = [threading.Thread(target=self._run, args=(k,), name=f"forwarder-{k}", daemon=True)
+                         for k in range(queues)]
+        self._error = None
+
+    def _run(self, k):
+        rxqs = tuple(device.rx[k] for device in self.devices)
+        txqs = tuple(device.tx[k] for device in self.devices)
+        try:
+            forward_loop(rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]))
+        except BaseException as error:
+            self._error = error
+
+    def start(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def stop(self, timeout_s=60.0):
+        """End the loops after the pass they are in, and wait for them: a loop that is being compiled, for that too."""
+        for control in self.controls:
+            control.stop = 1
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(deadline - time.monotonic(), 0))
+                if thread.is_alive():
+                    raise IxyError(f"{thread.name} did not end within {timeout_s} s; its devices are left as they are")
+        self.check()
+
+    def check(self):
+        """Raise what went wrong: a handler that does not compile, a device or file that failed."""
+        if self._error is not None:
+            raise self._error
+        for device in self.devices:
+            device.bus.check()
+
+    @property
+    def ready(self):
+        """Whether every loop is compiled and running."""
+        return all(int(control.passes) > 0 for control in self.controls)
+
+    @property
+    def finished(self):
+        """Whether the run came to its own end: the count is reached, or every input has ended and is dealt with."""
+        if self.packets is not None and self.count("forwarded") >= self.packets:
+            return True
+        buses = [device.bus for device in self.devices]
+        # Twice: what the first look saw received may have been on its way to a device looked at before.
+        return any(bus.finite for bus in buses) and all(bus.finished for _ in range(2) for bus in buses)
+
+    def count(self, name):
+        """The sum over all lanes of `forwarded`, `dropped` (by the handler), `failed`, `busy_cycles` or `passes`."""
+        return sum(int(control[name]) for control in self.controls)
+
+    def explain_failure(self):
+        """What the handler did wrong on the first packet that it failed on, or None.
+
+        The packet is replayed in the interpreter, so that the message can name the handler's own line. The state is a copy
+        of what it is now.
+        """
+        for control, state in zip(self.controls, self.states, strict=True):
+            if control.failed:
+                length = int(control.sample_length)
+                packet = Packet(control.sample[:length].copy(), int(control.sample_port))
+                return _replay(self.handler, packet, copy.deepcopy(state), len(self.devices))
+        return None
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+def _replay(handler, packet, state, ports):
+    code = handler.function.__code__
+    where = f"handler {handler.__name__} ({code.co_filename}:{code.co_firstlineno})"
+    try:
+        with np.errstate(all="ignore"):
+            verdict = handler(packet, state)
+    except Exception as error:
+        trace, line = error.__traceback__, code.co_firstlineno
+        while trace is not None:
+            if trace.tb_frame.f_code is code:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        return f"{code.co_filename}:{line}: handler {handler.__name__}: {type(error).__name__}: {error}"
+    if -1 <= verdict < ports:
+        return f"{where}: failed on a packet of {len(packet)} bytes, but not again on the same packet"
+    return f"{where}: returned {verdict}; expected a port from 0 to {ports - 1}, or DROP"
