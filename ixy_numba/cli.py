@@ -81,6 +81,54 @@ def main(run, argv=None):
     return code
 
 
+class Worker:
+    """A kernel that runs in a thread until `job.stop` is set: 1 = when it is done with its batch, 2 = at once.
+
+    `tick` is called while waiting for its end; what that, or the kernel, raises is raised here.
+    """
+
+    def __init__(self, function, job, tick):
+        self.job, self._tick, self._failure = job, tick, None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        try:
+            self._function()
+        except BaseException as error:
+            self._failure = error
+
+    def tick(self):
+        self._tick()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def ready(self):
+        return self.job.passes > 0 or self.ended
+
+    @property
+    def ended(self):
+        return not self._thread.is_alive()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.job.stop = 1
+        try:
+            while not self.ended:
+                self._tick()
+                self._thread.join(0.005)
+        except BaseException:
+            self.job.stop = 2
+            self._thread.join()
+            raise
+        if self._failure is not None and error is None:
+            raise self._failure
+
+
 class Report:
     """Figures while an app runs: a line a device and second, and the summary that ends the run."""
 

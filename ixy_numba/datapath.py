@@ -1,7 +1,7 @@
 """The verbs of the data path, and the loop that runs a handler between receive and transmit.
 
-A verb is one name for the same operation of every driver; which kernel it means is decided when the caller is compiled, by
-the type of the queue. Two ways to use this module:
+A verb is one name for the same operation of every driver; which kernel it means is decided when the caller is compiled,
+by the type of the queue. Two ways to use this module:
 
 - a handler, `@handler def f(packet) -> port`, compiled with the driver into one loop: `forward_loop`;
 - the batch verbs `rx_batch`, `tx_batch`, `alloc_batch`, `free_batch`, for applications that keep or make packets.
@@ -9,11 +9,14 @@ the type of the queue. Two ways to use this module:
 
 import functools
 import inspect
+import os
+import re
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from numba import types
-from numba.core.errors import TypingError
+from numba.core.errors import NumbaError, TypingError
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import NativeValue, models, overload, register_model, typeof_impl, unbox
@@ -22,7 +25,7 @@ from .core.errors import UsageError
 from .core.jit import CHECKED, fingerprint, kernel
 from .core.memory import new_record
 from .core.mmio import cycles, load_acquire, pause
-from .core.packet import view
+from .core.packet import packet_type, view
 from .core.pool import BUFFER_SIZE, ONE, ZERO, U
 
 EMPTY, BROKEN = U(0), U(0xFFFFFFFF)  # what rx_next says instead of a length
@@ -178,6 +181,24 @@ class Handler:
         _handlers[kind.name] = self
         return kind
 
+    def explain(self, state, error):
+        """Why Numba refused the handler, as one line that names the handler's own line."""
+        kinds = (packet_type, numba.typeof(state))[: 2 if self.takes_state else 1]
+        where = f"{self.function.__code__.co_filename}:{self.function.__code__.co_firstlineno}"
+        try:
+            self.kernel.compile(kinds)  # alone: the loop around it would only blur the message
+            result = self.kernel.overloads[kinds].signature.return_type
+            if isinstance(result, types.Integer):
+                return f"handler {self.__name__}: {error}"
+            reason = f"returns {result}, expected a port's index or DROP on every path"
+        except NumbaError as refused:
+            text = str(refused)
+            lines = re.findall(rf'File "([^"]*{re.escape(os.path.basename(where.split(":")[0]))})", line (\d+)', text)
+            where = f"{self.function.__code__.co_filename}:{lines[-1][1]}" if lines else where
+            words = [line.strip() for line in text.splitlines() if line.strip()]
+            reason = next((word for word in words if not word.startswith("Failed in")), text)
+        return f"{where}: handler {self.__name__} does not compile: {reason}"
+
     def __call__(self, packet, state=None):
         return self.function(packet, state) if self.takes_state else self.function(packet)
 
@@ -247,8 +268,9 @@ def new_control(ports, batch_size, budget=None):
 def forward_loop(rxqs, txqs, lane):
     """Receive on every queue of the tuple `rxqs`, ask the handler, send on the tuple `txqs`, until told to stop.
 
-    Queue k of both belongs to port k. All of them share one pool. Ends when control.stop is set or control.budget packets
-    are forwarded; nothing is left half-done then. Run it in a thread of its own: it holds no GIL and sees no Ctrl-C.
+    Queue k of both belongs to port k. All of them share one pool. Ends when control.stop is set or control.budget
+    packets are forwarded; nothing is left half-done then. Run it in a thread of its own: it holds no GIL and sees no
+    Ctrl-C.
     """
     control = lane.control
     now = cycles()
@@ -315,8 +337,9 @@ def _to_output_compiled(txqs, rxq, lane, limit, output):
 def _run(rxq, txq, lane, limit):
     """Packets of `rxq` in order, as long as they go to `txq` or nowhere; returns how many.
 
-    Stops at a packet for another output, or when `txq` or the pool has no room: its verdict waits in control.verdict, the
-    packet itself at the head of its ring. A buffer that is sent is replaced from the pool, one that is dropped stays.
+    Stops at a packet for another output, or when `txq` or the pool has no room: its verdict waits in control.verdict,
+    the packet itself at the head of its ring. A buffer that is sent is replaced from the pool, one that is dropped
+    stays.
     """
     control, table, arrival = lane.control, rxq.pool.table, lane.control.arrival
     output, verdict = control.output[arrival], control.verdict[arrival]
@@ -360,7 +383,7 @@ def _run(rxq, txq, lane, limit):
 
 @kernel(inline=True)
 def _decide(rxq, lane, index, length):
-    """The handler's verdict as the loop needs it: a port, or DROP. Broken packets, exceptions and wild verdicts drop."""
+    """The verdict as the loop needs it: a port, or DROP; also for broken packets, exceptions and wild verdicts."""
     control = lane.control
     if length == BROKEN:
         rxq.state.errors += ONE

@@ -51,8 +51,8 @@ class Device(ABC):
         if not 1 <= queues <= self.MAX_QUEUES:
             raise UsageError(f"{self.name}: {queues} queues: expected 1 to {self.MAX_QUEUES}")
         if ring_size not in self.RING_SIZES:
-            raise UsageError(f"{self.name}: ring size {ring_size}: expected a power of two from {self.RING_SIZES[0]} to "
-                             f"{self.RING_SIZES[-1]}")
+            raise UsageError(f"{self.name}: ring size {ring_size}: expected a power of two from "
+                             f"{self.RING_SIZES[0]} to {self.RING_SIZES[-1]}")
         self.pools = pools or transient_pools(queues, ring_size, 1, bus)
         if len(self.pools) != queues:
             raise UsageError(f"{self.name}: {len(self.pools)} pools for {queues} queues: expected one each")

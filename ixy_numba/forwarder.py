@@ -5,6 +5,7 @@ import threading
 import time
 
 import numpy as np
+from numba.core.errors import NumbaError
 
 from .core.errors import IxyError, UsageError
 from .core.packet import Packet
@@ -14,7 +15,7 @@ from .datapath import MAX_PORTS, Handler, Lane, forward_loop, new_control
 class Forwarder:
     """Forward between `devices` as `handler` says: `with Forwarder(devices, handler) as forwarder: …`.
 
-    Port k is devices[k]. With several queues each has a thread of its own and a deep copy of `state`; `states` are they.
+    Port k is devices[k]. With several queues each has a thread of its own and a deep copy of `state`: see `states`.
     `packets` ends the run once that many are forwarded (exactly with one queue, at least with more).
     Raises UsageError if the devices do not share their pools (`open_devices` sees to that).
     """
@@ -48,6 +49,8 @@ class Forwarder:
         txqs = tuple(device.tx[k] for device in self.devices)
         try:
             forward_loop(rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]))
+        except NumbaError as error:
+            self._error = UsageError(self.handler.explain(self.states[k], error))
         except BaseException as error:
             self._error = error
 
@@ -96,8 +99,8 @@ class Forwarder:
     def explain_failure(self):
         """What the handler did wrong on the first packet that it failed on, or None.
 
-        The packet is replayed in the interpreter, so that the message can name the handler's own line. The state is a copy
-        of what it is now.
+        The packet is replayed in the interpreter, so that the message can name the handler's own line. The state is a
+        copy of what it is now.
         """
         for control, state in zip(self.controls, self.states, strict=True):
             if control.failed:

@@ -55,8 +55,8 @@ def run(argv, stop):
         forwarded = forwarder.count("forwarded")
         mpps = cli.rate(forwarded, report.seconds)
         cycles = forwarder.count("busy_cycles") / forwarded if forwarded else 0.0
-        report.finish(f"forwarded {forwarded} packets in {report.seconds:.3f} s: {mpps:.3f} Mpps, {cycles:.1f} cycles a "
-                      f"packet", batch_size=args.batch_size, forwarded_packets=forwarded, mpps=mpps,
+        report.finish(f"forwarded {forwarded} packets in {report.seconds:.3f} s: {mpps:.3f} Mpps, {cycles:.1f} cycles "
+                      f"a packet", batch_size=args.batch_size, forwarded_packets=forwarded, mpps=mpps,
                       cycles_per_packet=cycles)
     return cli.EXIT_OK
 

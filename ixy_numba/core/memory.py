@@ -13,8 +13,8 @@ ANY, LOCKED, HUGE = "any pages", "locked pages", "2 MiB huge pages"  # what a bu
 
 _MAP_HUGETLB, _MAP_HUGE_2MB = 0x40000, 21 << 26
 _libc = ctypes.CDLL(None, use_errno=True)
-# Addresses as the device sees them: never equal to virtual ones, so that a mix-up faults at once; below 2**39, as far as
-# the narrowest IOMMUs reach. Handed out once a process, so that one pool can be mapped for several devices.
+# Addresses as the device sees them: never equal to virtual ones, so that a mix-up faults at once; below 2**39, as far
+# as the narrowest IOMMUs reach. Handed out once a process, so that one pool can be mapped for several devices.
 _iova = itertools.count(4 << 30, 1 << 30)
 IOVA_LIMIT = 1 << 39
 

@@ -3,8 +3,8 @@
 A plain polling loop on memory is compiled into an endless jump, and plain stores may be reordered. These functions
 compile to what the architecture needs: on x86-64 a plain `mov` (loads are acquire, stores are release there), on
 aarch64 `ldapr`/`ldar`, `stlr`, and for a doorbell the barrier that the device's domain sees. Each takes a record and
-the literal name of a field, or a one-dimensional array and an index; with NUMBA_DISABLE_JIT=1 a plain-Python twin of the
-same name is used.
+the literal name of a field, or a one-dimensional array and an index; with NUMBA_DISABLE_JIT=1 a plain-Python twin of
+the same name is used.
 """
 
 import os

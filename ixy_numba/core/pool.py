@@ -7,8 +7,8 @@ A packet in an application's hands is one `uint64`, its handle:
     bits 48..63  the buffer's generation; its low 4 bits are the pool's id
 
 The pool's table has one word a buffer, `device address << 16 | generation`, so that one load serves both the descriptor
-and the check. The generation moves on when a buffer leaves the application (sent or freed): a handle kept from before, a
-handle freed twice, or one of another pool no longer matches, is counted in `bad_handles` and otherwise ignored.
+and the check. The generation moves on when a buffer leaves the application (sent or freed): a handle kept from before,
+a handle freed twice, or one of another pool no longer matches, is counted in `bad_handles` and otherwise ignored.
 """
 
 import itertools
@@ -36,7 +36,7 @@ _ids = itertools.count(1)
 
 
 class PoolView(NamedTuple):
-    """What kernels see of a pool: `table` (free list and words, ordinary memory) and `memory` (`memory.buffer[i].octets`)."""
+    """What kernels see of a pool: `table` (free list, words) and `memory` (the bytes: `memory.buffer[i].octets`)."""
 
     table: np.record
     memory: np.record
@@ -45,8 +45,8 @@ class PoolView(NamedTuple):
 class Pool:
     """`count` packet buffers in DMA memory, for one or more devices of one thread.
 
-    A packet received on one device and sent on another that share the pool returns to it. `bus.map_dma` makes the memory
-    reachable for a device; the address must come out the same for every device of the pool.
+    A packet received on one device and sent on another that share the pool returns to it. `bus.map_dma` makes the
+    memory reachable for a device; the address must come out the same for every device of the pool.
     A `transient` pool closes itself when the last of its devices does.
     Raises UsageError for a count outside 64..262144, DmaError where memory is short.
     """

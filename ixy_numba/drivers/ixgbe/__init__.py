@@ -94,8 +94,8 @@ class Ixgbe(Device):
         held = []
         for rxq, txq in zip(self.rx, self.tx, strict=True):
             clean, tail = int(txq.state.clean), int(txq.state.tail)
-            unsent = [int(txq.state.held[k % self.ring_size]) for k in range(clean, tail + self.ring_size * (tail < clean))]
-            held.append(np.array([*(rxq.state.held & INDEX_MASK), *unsent], np.uint32))
+            unsent = np.arange(clean, tail + self.ring_size * (tail < clean)) % self.ring_size
+            held.append(np.concatenate([rxq.state.held & INDEX_MASK, txq.state.held[unsent]]).astype(np.uint32))
         self.bus.unmap_dma(self._memory)
         self._memory.close()
         return held
@@ -114,7 +114,7 @@ class Ixgbe(Device):
 
     def set_mac(self, address):
         if len(address) != 6 or address[0] & 1:
-            raise UsageError(f"{self.name}: MAC address {bytes(address).hex(':')}: expected 6 bytes, not a group address")
+            raise UsageError(f"{self.name}: MAC address {bytes(address).hex(':')}: expected 6 bytes, no group address")
         self.regs.write(r.RAL[0], int.from_bytes(address[:4], "little"))
         self.regs.write(r.RAH[0], int.from_bytes(address[4:], "little") | r.RAH.AV)
 

@@ -4,7 +4,7 @@ import numpy as np
 
 U = np.uint64
 
-# Read format: `addr` is the buffer's address, `done` (the header buffer's address) is 0. The device writes back over both.
+# Read format: `addr` is the buffer's address, `done` (the header buffer's) is 0. The device writes back over both.
 RX = np.dtype([("addr", "u8"), ("done", "u8")])
 DD, EOP = U(1), U(2)  # in `done`: descriptor done, end of packet
 ERROR = U(1 << 29)  # RXE: the frame came with a MAC error (only when FCTRL.SBP lets those in)

@@ -144,7 +144,7 @@ def wait_for_link(regs, timeout_s):
 
 
 def quiesce(regs, rx_queues, tx_queues):
-    """4.6.7.1, 4.6.8.1 and 5.2.5.3.2: queues off, then no more DMA. Errors are returned, not raised: all steps are tried."""
+    """4.6.7.1, 4.6.8.1, 5.2.5.3.2: queues off, then no more DMA. Tries every step and returns the errors met."""
     errors = []
 
     def attempt(step, *args, **more):
