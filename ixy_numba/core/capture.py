@@ -11,15 +11,16 @@ import mmap
 import os
 import stat
 import struct
-import time
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
 
+from .clock import Clock, now_ns  # noqa: F401 (whoever writes captures needs the time too)
 from .errors import ClosedError, IxyError, UsageError
 from .jit import kernel
 from .memory import PAGE, new_record
-from .mmio import cycles, fence_acquire, load_acquire, store_release
+from .mmio import load_acquire, store_release
 from .raw import copy, load32, store64
 
 U = np.uint64
@@ -39,6 +40,14 @@ NOT_PCAP = {  # how other files that people try begin: what they are, and the wa
 }
 LINK_TYPES = {0: "BSD loopback", 101: "raw IP", 105: "802.11", 113: "Linux cooked, as from `tcpdump -i any`",
               127: "802.11 with radiotap", 276: "Linux cooked v2, as from `tcpdump -i any`"}
+HINTS = {
+    errno.ENOENT: "is the path right?",
+    errno.EACCES: "are its permissions right?",
+    errno.ENOSPC: "make room, or choose another disk",
+    errno.EFBIG: "raise the limit (ulimit -f), or split the capture",
+    errno.EOPNOTSUPP: "its file system cannot preallocate, choose another one",
+    errno.ENODEV: "its file system cannot map files, choose another one",
+}
 
 
 class Index(NamedTuple):
@@ -104,7 +113,11 @@ class Capture:
         where, size = U(self.data.ctypes.data), U(len(self.data))
         found = _walk(where, size, swapped, scale, Index.empty(0))
         _check_end(self.path, self.data, swapped, found)
-        index = Index.empty(int(found[0]))
+        try:
+            index = Index.empty(int(found[0]))
+        except MemoryError:
+            raise IxyError(f"{self.path}: no memory for the index of its {found[0]} records; split it: "
+                           f"editcap -c 1000000 {quote(self.path)} PART") from None
         if _walk(where, size, swapped, scale, index) != found:
             raise IxyError(f"{self.path}: changed while it was read; wait until its writer is done")
         self.offsets, self.lengths, self.original, self.times_ns = index
@@ -128,7 +141,7 @@ def _map_file(path):
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer must not hang
     except OSError as error:
-        raise IxyError(f"{path}: cannot read this capture: {error.strerror}") from None
+        raise _failed(path, "read", error) from None
     try:
         _require_regular(path, os.fstat(descriptor))
         if not _lock(descriptor, fcntl.LOCK_SH):
@@ -137,9 +150,18 @@ def _map_file(path):
             raise IxyError(f"{path}: is empty, expected a pcap file (at least {FILE_HEADER} bytes)")
         return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
-        raise IxyError(f"{path}: cannot map this capture: {error.strerror}") from None
+        raise _failed(path, "map", error) from None
     finally:
         os.close(descriptor)  # the mapping keeps a duplicate, and the lock with it
+
+
+def _os_error(code):
+    return OSError(code, os.strerror(code))
+
+
+def _failed(path, task, error):
+    hint = HINTS.get(error.errno, "choose another file")
+    return IxyError(f"{path}: cannot {task} this capture: {error.strerror}; {hint}")
 
 
 def _require_regular(path, status):
@@ -165,20 +187,20 @@ def _check_header(path, data):
     head = data[: int(FILE_HEADER)].tobytes()
     for start, (kind, remedy) in NOT_PCAP.items():
         if head.startswith(start):
-            raise IxyError(f"{path}: is {kind}; convert it: {remedy.format(path)}")
+            raise IxyError(f"{path}: is {kind}; convert it: {remedy.format(quote(path))}")
     scales = {MICROSECOND: 1000, NANOSECOND: 1}
     scale, swapped = scales.get(int.from_bytes(head[:4], "little")), 0
     if scale is None:
         scale, swapped = scales.get(int.from_bytes(head[:4], "big")), 1
     if scale is None:
-        raise IxyError(f"{path}: is no pcap file: it begins with {head[:4].hex(' ')}, expected d4 c3 b2 a1 (or its "
-                       f"nanosecond or big-endian form)")
+        raise IxyError(f"{path}: is no pcap file: it begins with {head[:4].hex(' ')}, expected d4 c3 b2 a1 or alike; "
+                       f"convert a capture of another kind: editcap -F nsecpcap {quote(path)} FIXED")
     if len(head) < FILE_HEADER:
         raise IxyError(f"{path}: is cut off: the file header has {FILE_HEADER} bytes, {len(head)} are there")
     major, minor, link = struct.unpack(f"{'<>'[swapped]}4x2H12xI", head)
     if (major, minor) != (2, 4):
         raise IxyError(f"{path}: is pcap version {major}.{minor}, expected 2.4; convert it: "
-                       f"tcpdump -r {path} -w FIXED")
+                       f"tcpdump -r {quote(path)} -w FIXED")
     if link != ETHERNET:
         known = f" ({LINK_TYPES[link]})" if link in LINK_TYPES else ""
         raise IxyError(f"{path}: has link type {link}{known}, expected {ETHERNET} (Ethernet); "
@@ -192,11 +214,11 @@ def _check_end(path, data, swapped, found):
     left = len(data) - at
     if at - written >= PAGE:  # no frame has length 0 at time 0: this is space preallocated, never used
         raise IxyError(f"{path}: holds only zeros from byte {written} on: its writer was killed; "
-                       f"mend it: truncate -s {written} {path}")
+                       f"mend it: truncate -s {written} {quote(path)}")
     if not left:
         return
     record = f"record {n + 1} at byte {at}"
-    mend = f"keep the records before it: tcpdump -r {path} -w FIXED"
+    mend = f"keep the records before it: tcpdump -r {quote(path)} -w FIXED"
     if left < RECORD_HEADER:
         raise IxyError(f"{path}: {record} is cut off: {left} of its header's {RECORD_HEADER} bytes are there; {mend}")
     length = int.from_bytes(data[at + 8 : at + 12].tobytes(), "big" if swapped else "little")
@@ -222,7 +244,6 @@ OUT = np.dtype([
 ])
 SMALLEST_STEP = 64 << 10
 RESERVE = 1 << 40
-_MADV_POPULATE_WRITE = 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -235,7 +256,7 @@ _libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 def append(out, address, length, time_ns):
     """Write the frame of `length` bytes at `address`, seen at `time_ns` (all uint64), to the CaptureWriter's `out`.
 
-    False, and nothing written, when there is no room: the writer's owner calls `service()`, then try again. One
+    False, and nothing written, when there is no room: try again once the writer's owner has called `service()`. One
     thread at a time.
     """
     captured = min(length, out.snaplen)
@@ -298,7 +319,7 @@ class CaptureWriter:
             _raise_limit(self.out, self._grown())
         except OSError as error:
             self.close()
-            raise IxyError(f"{self.path}: cannot write this capture: {error.strerror}") from None
+            raise _failed(self.path, "write", error) from None
 
     @property
     def frames(self):
@@ -321,10 +342,10 @@ class CaptureWriter:
             limit = self._grown()
         except OSError as error:
             if wanted == STUCK:
-                raise IxyError(f"{self.path}: {error.strerror} after {self.frames} frames, {self.bytes_written} "
-                               f"bytes; they are kept, make room for more") from None
-            limit = int(self.out.limit)  # what is left may do
-        _raise_limit(self.out, U(limit))
+                kept = f"{self.frames} frames, {self.bytes_written} bytes"
+                raise _failed(self.path, f"write more than {kept} of", error) from None
+            limit = self.out.limit  # what is left may do
+        _raise_limit(self.out, limit)
 
     def close(self):
         """Cut the file to what was written. No kernel may be appending any more."""
@@ -337,7 +358,7 @@ class CaptureWriter:
                 _libc.munmap(int(self.out.address), self._reserved)
             os.ftruncate(descriptor, self.bytes_written)
         except OSError as error:
-            raise IxyError(f"{self.path}: cannot finish this capture: {error.strerror}") from None
+            raise _failed(self.path, "finish", error) from None
         finally:
             os.close(descriptor)
 
@@ -356,7 +377,7 @@ class CaptureWriter:
                 self.out.address, self._reserved = address, size
                 return
             if size <= SMALLEST_STEP:
-                raise _os_error()
+                raise _os_error(ctypes.get_errno())
             size //= 2
 
     def _grown(self):
@@ -365,28 +386,17 @@ class CaptureWriter:
         while True:
             try:
                 if limit + step > self._reserved:
-                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+                    raise _os_error(errno.EFBIG)
                 os.posix_fallocate(self._descriptor, limit, step)
                 break
             except OSError:
                 if step <= SMALLEST_STEP:
                     raise
-                step = max(step // 2 // PAGE * PAGE, PAGE)
-        # Pages are made here, not by faults in the kernel; those that are full are of no more use to the process.
-        self._advise(limit, limit + step, _MADV_POPULATE_WRITE)
-        full = int(self.out.position) // PAGE * PAGE
-        self._advise(self._dropped, full, mmap.MADV_DONTNEED)
+                step = step // 2 // PAGE * PAGE
+        full = int(self.out.position) // PAGE * PAGE  # these pages are of no more use here: the file has them
+        _libc.madvise(int(self.out.address) + self._dropped, full - self._dropped, mmap.MADV_DONTNEED)
         self._dropped = full
-        return limit + step
-
-    def _advise(self, start, stop, advice):
-        if _libc.madvise(int(self.out.address) + start, stop - start, advice) and ctypes.get_errno() == errno.EFAULT:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a write there would be a SIGBUS
-
-
-def _os_error():
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code))
+        return U(limit + step)
 
 
 def _open_for_writing(path):
@@ -394,109 +404,11 @@ def _open_for_writing(path):
     try:
         if os.path.exists(path):
             _require_regular(path, os.stat(path))
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         if not _lock(descriptor, fcntl.LOCK_EX):
             os.close(descriptor)
             raise IxyError(f"{path}: is in use as another capture; choose another output file")
         os.ftruncate(descriptor, 0)
     except OSError as error:
-        raise IxyError(f"{path}: cannot write this capture: {error.strerror}") from None
+        raise _failed(path, "write", error) from None
     return descriptor
-
-
-# Time stamps: the cycle counter as wall-clock time.
-
-CLOCK = np.dtype([  # two states, so that a reader never waits for a writer: `turn & 1` says which one holds
-    ("turn", "u8"),
-    ("cycles", "u8", 2),  # counter when the state was made
-    ("ns", "u8", 2),  # wall clock then, since 1970
-    ("multiplier", "u8", 2),  # nanoseconds a cycle, times 2**32
-])
-
-
-@kernel
-def now_ns(clock):
-    """Wall-clock time, nanoseconds since 1970 (uint64), from a `Clock`'s `record`; some nanoseconds of work."""
-    while True:
-        turn = load_acquire(clock, "turn")
-        state = turn & ONE
-        since, ns, multiplier = clock.cycles[state], clock.ns[state], clock.multiplier[state]
-        fence_acquire()
-        if load_acquire(clock, "turn") - turn < U(2):  # else overtaken twice while we read
-            break
-    return ns + _scaled(cycles(), since, multiplier)
-
-
-@kernel(inline=True)
-def _scaled(now, since, multiplier):
-    """(now - since) * multiplier >> 32 without the 128-bit product; 0 if another core's counter is a little behind."""
-    elapsed = now - since if now > since else U(0)
-    high, low = elapsed >> SHIFT32, elapsed & LOW32
-    fast, slow = multiplier >> SHIFT32, multiplier & LOW32
-    return (high * fast << SHIFT32) + high * slow + low * fast + (low * slow >> SHIFT32)
-
-
-@kernel
-def _set_state(clock, since, ns, multiplier):
-    turn = clock.turn + ONE
-    state = turn & ONE
-    clock.cycles[state], clock.ns[state], clock.multiplier[state] = since, ns, multiplier
-    store_release(clock, "turn", turn)
-
-
-@kernel
-def _cycles():
-    return cycles()
-
-
-class Clock:
-    """Wall-clock time for kernels: `now_ns(clock.record)`. Making one takes 15 ms, to measure the counter's rate.
-
-    `update()`, about once a second, keeps it on the system's clock: small differences are made up by running up to
-    0.1 % faster or slower, so time never goes back; after a difference over 10 ms (the clock was set, the machine
-    slept) it jumps. Without updates it drifts by a few microseconds a second, and nothing overflows.
-    """
-
-    STEP_NS, FASTEST, MEASURE_NS = 10_000_000, 1e-3, 1_000_000_000
-
-    def __init__(self):
-        self.record = new_record(CLOCK)
-        since, ns = _read_both()
-        time.sleep(0.015)
-        now, wall = _read_both()
-        self._rate = (wall - ns) / (now - since)
-        self._set(now, wall, self._rate)
-        self._measured = self._updated = now, wall
-
-    def update(self):
-        """Compare with the system's clock and correct; from one thread at a time."""
-        now, wall = _read_both()
-        ours = self._at(now)
-        error = wall - ours
-        if abs(error) > self.STEP_NS:
-            self._set(now, wall, self._rate)
-            self._measured = self._updated = now, wall
-            return
-        if wall - self._measured[1] >= self.MEASURE_NS:
-            self._rate = (wall - self._measured[1]) / (now - self._measured[0])
-            self._measured = now, wall
-        horizon = max(wall - self._updated[1], self.MEASURE_NS)  # to be right at the next update, if that is as far off
-        slew = min(max(error / horizon, -self.FASTEST), self.FASTEST)
-        self._set(now, ours, self._rate * (1 + slew))
-        self._updated = now, wall
-
-    def _at(self, now):
-        state = int(self.record.turn) & 1
-        return int(self.record.ns[state] + _scaled(U(now), self.record.cycles[state], self.record.multiplier[state]))
-
-    def _set(self, now, ns, rate):
-        _set_state(self.record, U(now), U(ns), U(round(rate * 2**32)))
-
-
-def _read_both():
-    """(cycles, wall-clock ns) of the same moment: of ten tries the one that was least disturbed."""
-    tries = []
-    for _ in range(10):
-        before, wall, after = int(_cycles()), time.time_ns(), int(_cycles())
-        tries.append((after - before, (before + after) // 2, wall))
-    return min(tries)[1:]
