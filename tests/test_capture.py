@@ -124,13 +124,15 @@ DAMAGED = {
     "pcapng": (b"\x0a\x0d\x0d\x0a" + bytes(24), ["pcapng, not pcap", "editcap -F nsecpcap"]),
     "gzip": (gzip.compress(pcap([FRAME])), ["gzip", "gunzip"]),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(24), ["zstd"]),
-    "header cut off": (pcap()[:23], ["cut off", "24 bytes", "23 are there"]),
-    "version 2.3": (pcap(version=(2, 3)), ["version 2.3", "expected 2.4", "tcpdump -r"]),
+    "header cut off": (pcap()[:23], ["cut off", "23 of its header's 24 bytes"]),
+    "version 2.3": (pcap(version=(2, 3)), ["version 2.3", "expected 2.4", "tcpdump --nano -r"]),
     "big-endian version 1.0": (pcap(order=">", version=(1, 0)), ["version 1.0"]),
     "cooked": (pcap(link=113), ["link type 113", "cooked", "expected 1 (Ethernet)"]),
     "unknown link type": (pcap(link=147), ["link type 147,", "expected 1 (Ethernet)"]),
-    "record header cut off": (pcap([FRAME, FRAME])[:-61], ["record 2 at byte 100 is cut off", "15 of", "tcpdump -r"]),
-    "frame cut off": (pcap([FRAME, FRAME])[:-1], ["record 2 at byte 100 is cut off", "59 of its 60", "tcpdump -r"]),
+    "record header cut off": (pcap([FRAME, FRAME])[:-61],
+                              ["record 2 at byte 100 is cut off", "15 of", "tcpdump --nano -r"]),
+    "frame cut off": (pcap([FRAME, FRAME])[:-1],
+                      ["record 2 at byte 100 is cut off", "59 of its 60", "tcpdump --nano -r"]),
     "frame missing": (pcap([FRAME])[:-60], ["record 1 at byte 24 is cut off", "0 of its 60"]),
     "big-endian cut off": (pcap([FRAME], order=">")[:-1], ["record 1 at byte 24 is cut off", "59 of its 60"]),
     "damaged length": (pcap([FRAME]) + struct.pack("<4I", 1, 2, 2**32 - 1, 0) + bytes(99),
@@ -216,7 +218,7 @@ def test_without_permission(tmp_path, request):
 def test_remedies_can_be_pasted(tmp_path):
     path = tmp_path / "a b.pcap"
     path.write_bytes(pcap([FRAME])[:-1])
-    refused(path, f"tcpdump -r '{path}' -w FIXED")
+    refused(path, f"tcpdump --nano -r '{path}' -w FIXED")
 
 
 # Writing

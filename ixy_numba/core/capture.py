@@ -196,11 +196,11 @@ def _check_header(path, data):
         raise IxyError(f"{path}: is no pcap file: it begins with {head[:4].hex(' ')}, expected d4 c3 b2 a1 or alike; "
                        f"convert a capture of another kind: editcap -F nsecpcap {quote(path)} FIXED")
     if len(head) < FILE_HEADER:
-        raise IxyError(f"{path}: is cut off: the file header has {FILE_HEADER} bytes, {len(head)} are there")
+        raise IxyError(f"{path}: is cut off: {len(head)} of its header's {FILE_HEADER} bytes are there; fetch it again")
     major, minor, link = struct.unpack(f"{'<>'[swapped]}4x2H12xI", head)
     if (major, minor) != (2, 4):
         raise IxyError(f"{path}: is pcap version {major}.{minor}, expected 2.4; convert it: "
-                       f"tcpdump -r {quote(path)} -w FIXED")
+                       f"tcpdump --nano -r {quote(path)} -w FIXED")
     if link != ETHERNET:
         known = f" ({LINK_TYPES[link]})" if link in LINK_TYPES else ""
         raise IxyError(f"{path}: has link type {link}{known}, expected {ETHERNET} (Ethernet); "
@@ -218,7 +218,7 @@ def _check_end(path, data, swapped, found):
     if not left:
         return
     record = f"record {n + 1} at byte {at}"
-    mend = f"keep the records before it: tcpdump -r {quote(path)} -w FIXED"
+    mend = f"keep the records before it: tcpdump --nano -r {quote(path)} -w FIXED"
     if left < RECORD_HEADER:
         raise IxyError(f"{path}: {record} is cut off: {left} of its header's {RECORD_HEADER} bytes are there; {mend}")
     length = int.from_bytes(data[at + 8 : at + 12].tobytes(), "big" if swapped else "little")
