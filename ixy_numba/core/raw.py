@@ -1,7 +1,7 @@
 """Memory by integer address, unchecked: for the model's side of DMA and for mapped files. No driver uses it.
 
 `load8 … load64(address)`, `store8 … store64(address, value)` (little-endian, any alignment), the ordered
-`load_acquire32/64`, `store_release32/64` (aligned), `copy(target, source, n)` (no overlap) and `address_of(packet)`.
+`load_acquire32/64`, `store_release32/64` (aligned), `copy(target, source, n)` (no overlap), `prefetch(address)` and `address_of(packet)`.
 Addresses and values are uint64. Whoever calls has checked that the bytes are there.
 """
 
@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .jit import INTERPRETED
-from .mmio import emit_load_acquire, emit_store_release
+from .mmio import emit_load_acquire, emit_prefetch, emit_store_release
 from .packet import _struct
 
 
@@ -72,6 +72,9 @@ if INTERPRETED:
     def copy(target, source, n):
         ctypes.memmove(int(target), int(source), int(n))
 
+    def prefetch(address):
+        pass
+
     def address_of(packet):
         return np.uint64(packet.data.ctypes.data)
 
@@ -85,6 +88,14 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.uint64, types.uint64, types.uint64), codegen
+
+    @intrinsic
+    def prefetch(typingctx, address):
+        def codegen(context, builder, sig, args):
+            emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+            return context.get_dummy_value()
+
+        return types.void(types.uint64), codegen
 
     @intrinsic
     def address_of(typingctx, packet):

@@ -1,0 +1,496 @@
+"""The receive path of the simulated 82599: from the wire through the MAC's rules into descriptors. Section 7.1."""
+
+import numpy as np
+
+from ..core.jit import kernel
+from ..core.raw import (
+    copy,
+    load8,
+    load16,
+    load32,
+    load64,
+    load_acquire32,
+    store8,
+    store32,
+    store64,
+    store_release32,
+    store_release64,
+)
+from .state import (
+    BPRC,
+    CAPTURE,
+    CORRUPTED,
+    CRCERRS,
+    DMA_FAULTS,
+    FILTERED,
+    GENERATOR,
+    GORC,
+    GPRC,
+    INBOX,
+    LOST,
+    MALFORMED,
+    MODEL_FAULTS,
+    MPC,
+    MPRC,
+    NO_QUEUE,
+    NOTHING,
+    ONE,
+    RECEIVED,
+    RFC,
+    ROC,
+    RUC,
+    RX_DATA,
+    RX_RING,
+    SCRATCH_SIZE,
+    TAP,
+    TOR,
+    TPR,
+    ZERO,
+    U,
+    reach,
+)
+from .wire import crc32, fifo_length, front, generate, pop, read_tap, swap16
+
+RDH, RDT = U(0x10), U(0x18)
+DD, EOP, RXE = U(1), U(2), U(1 << 29)
+LEGACY_DD_EOP, LEGACY_CRC_ERROR = U(3 << 32), U(1 << 40)
+CRC_SIZE, HEADER_SIZE, LONGEST_STANDARD = U(4), U(14), U(1518)
+MAC_MASK, SHIFT32, MANY = U(0xFFFFFFFFFFFF), U(32), U(1 << 62)
+CATCH_UP = U(256)  # frames that a late engine delivers at once; beyond that the wire's clock has stood still
+
+# Packet types (write-back bits 16:4) and RSS types (3:0) of section 7.1.6.2, MRQC's bits
+IPV4, IPV4_OPTIONS, IPV6, TCP, UDP = U(0x10), U(0x20), U(0x40), U(0x100), U(0x200)
+HASH_TCP4, HASH_IP4, HASH_TCP6, HASH_IP6, HASH_UDP4, HASH_UDP6 = U(1), U(2), U(3), U(5), U(7), U(8)
+MRQC_TCP4, MRQC_IP4, MRQC_IP6, MRQC_TCP6, MRQC_UDP4, MRQC_UDP6 = (U(1 << k) for k in (16, 17, 20, 21, 22, 23))
+ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN = U(0x0800), U(0x86DD), U(0x8100)
+
+
+@kernel(inline=True)
+def size_class(octets):
+    """Which of the six frame-size counters a frame of `octets` bytes, CRC included, goes to."""
+    if octets <= U(64):
+        return U(0)
+    if octets < U(256):
+        return U(1) if octets < U(128) else U(2)
+    if octets < U(1024):
+        return U(3) if octets < U(512) else U(4)
+    return U(5)
+
+
+# The MAC: 8.2.3.22, filters of 7.1.1
+
+
+@kernel
+def destination_passes(device, address):
+    """Whether the destination address gets through the filters of section 7.1.1.1."""
+    mac = load64(address) & MAC_MASK
+    if mac == MAC_MASK:
+        return device.broadcast != ZERO
+    if mac & ONE:
+        if device.all_multicast:
+            return True
+        if device.multicast_on:
+            bits = mac >> (U(36) - device.multicast_shift) & U(0xFFF)
+            if U(device.mta[bits >> U(5)]) >> (bits & U(31)) & ONE:
+                return True
+    elif device.all_unicast:
+        return True
+    for k in range(device.addresses):
+        if device.address[k] == mac:
+            return True
+    return False
+
+
+@kernel(inline=True)
+def longest_frame(device, address):
+    """The longest legal frame with CRC: MAXFRS counts only for jumbo frames; a VLAN tag comes on top."""
+    limit = device.max_frame if device.jumbo else LONGEST_STANDARD
+    return limit + CRC_SIZE if swap16(load16(address + U(12))) == ETHERTYPE_VLAN else limit
+
+
+@kernel
+def admit(device, address, length, bad):
+    """The MAC's rules and statistics; True if the frame is for the host. `bad`: its CRC is wrong."""
+    octets, count = length + CRC_SIZE, device.count
+    count[TPR] += ONE
+    count[TOR] += octets
+    passes = destination_passes(device, address)
+    if length < device.min_frame or octets > longest_frame(device, address):
+        if passes:
+            count[ROC if length >= device.min_frame else RFC if bad else RUC] += ONE
+        return False
+    if bad:
+        count[CRCERRS] += ONE
+        return device.store_bad != ZERO
+    if not passes:
+        device.wire[FILTERED] += ONE
+        return False
+    count[GPRC] += ONE
+    count[GORC] += octets
+    device.rx_sizes[size_class(octets)] += ONE
+    if load8(address) & ONE:
+        count[BPRC if load64(address) & MAC_MASK == MAC_MASK else MPRC] += ONE
+    return True
+
+
+# Receive side scaling, 7.1.2.8
+
+
+@kernel(inline=True)
+def _toeplitz(device, position, address, n):
+    value = U(0)
+    for k in range(n):
+        value ^= U(device.toeplitz[position + k, load8(address + U(k))])
+    return value
+
+
+@kernel
+def classify(device, address, length):
+    """(packet type | RSS type, hash) of a frame; RSS type 0 where no enabled function fits."""
+    at, kind = HEADER_SIZE, swap16(load16(address + U(12)))
+    if kind == ETHERTYPE_VLAN and length >= U(18):
+        at, kind = U(18), swap16(load16(address + U(16)))
+    here = address + at
+    if kind == ETHERTYPE_IPV4 and length >= at + U(20):
+        header = (load8(here) & U(15)) << U(2)
+        found, protocol = IPV4 if header <= U(20) else IPV4 | IPV4_OPTIONS, load8(here + U(9))
+        whole = swap16(load16(here + U(6))) & U(0x3FFF) == ZERO
+        addresses, size = here + U(12), 8
+        tcp, udp, ip = MRQC_TCP4, MRQC_UDP4, MRQC_IP4
+        hash_tcp, hash_udp, hash_ip = HASH_TCP4, HASH_UDP4, HASH_IP4
+    elif kind == ETHERTYPE_IPV6 and length >= at + U(40):
+        header, found, protocol, whole = U(40), IPV6, load8(here + U(6)), True
+        addresses, size = here + U(8), 32
+        tcp, udp, ip = MRQC_TCP6, MRQC_UDP6, MRQC_IP6
+        hash_tcp, hash_udp, hash_ip = HASH_TCP6, HASH_UDP6, HASH_IP6
+    else:
+        return ZERO, ZERO
+    ports = whole and length >= at + header + U(4)
+    wanted, hashed = ip, hash_ip
+    if ports and protocol == U(6):
+        found |= TCP
+        if device.rss & tcp:
+            wanted, hashed = tcp, hash_tcp
+    elif ports and protocol == U(17):
+        found |= UDP
+        if device.rss & udp:
+            wanted, hashed = udp, hash_udp
+    if device.rss & wanted == ZERO:
+        return found, ZERO
+    value = _toeplitz(device, 0, addresses, size)
+    if wanted != ip:
+        value ^= _toeplitz(device, size, here + header, 4)
+    return found | hashed, value
+
+
+# Descriptors, 7.1.6
+
+
+@kernel(inline=True)
+def free_descriptors(queue):
+    tail, head = queue.tail, queue.head
+    return tail - head if tail >= head else tail + queue.size - head
+
+
+@kernel
+def refresh_tail(device, queue):
+    """Look at RDT. A tail beyond the ring gives the device nothing."""
+    tail = load_acquire32(queue.registers + RDT)
+    if tail >= queue.size:
+        device.wire[MODEL_FAULTS] += ONE
+        tail = queue.head
+    queue.tail = tail
+
+
+@kernel
+def write_back(device, queue, descriptor, address, length, last):
+    """Data of one descriptor to its buffer, then status and length. The buffer's address faults: the data is lost."""
+    frame = device.pending
+    target, reachable = reach(device, RX_DATA, load64(descriptor))
+    if reachable < length:
+        device.wire[DMA_FAULTS] += ONE  # a posted write: nobody tells the device
+    else:
+        copy(target, address, length)
+    if queue.legacy:
+        status = LEGACY_DD_EOP if last else DD << SHIFT32
+        store_release64(descriptor + U(8), status | (LEGACY_CRC_ERROR if frame.bad else ZERO) | length)
+        return
+    store64(descriptor, frame.hash << SHIFT32 | frame.type)
+    status = (DD | EOP if last else DD) | (RXE if frame.bad else ZERO)
+    store_release64(descriptor + U(8), status | length << SHIFT32)
+
+
+@kernel
+def place(device, queue):
+    """The pending frame into descriptors, as many as it takes; True once it is dealt with, False while too few are free."""
+    frame = device.pending
+    needed = ONE if frame.length <= queue.buffer else (frame.length + queue.buffer - ONE) // queue.buffer
+    if free_descriptors(queue) < needed:
+        refresh_tail(device, queue)
+        if free_descriptors(queue) < needed:
+            return False
+    address, left = frame.address, frame.length
+    while left:
+        descriptor, reachable = reach(device, RX_RING, queue.base + (queue.head << U(4)))
+        if reachable < U(16):
+            device.wire[DMA_FAULTS] += ONE
+            queue.enabled = ZERO  # a failed read of a descriptor stops the queue until it is enabled again
+            return True
+        piece = min(left, queue.buffer)
+        left -= piece
+        write_back(device, queue, descriptor, address, piece, left == ZERO)
+        address += piece
+        queue.head = queue.head + ONE if queue.head + ONE < queue.size else ZERO
+    device.qprc[queue.counters] += ONE
+    device.qbrc[queue.counters] += frame.length
+    return True
+
+
+@kernel
+def store_frame(device, backlog):
+    """Give the pending frame to its queue. False while it must wait: no descriptor, and the source or the FIFO can."""
+    frame = device.pending
+    queue = device.rx[frame.queue]
+    if queue.enabled == ZERO:
+        device.wire[NO_QUEUE] += ONE
+    elif not place(device, queue):
+        if frame.length > queue.buffer * (queue.size - ONE):
+            device.wire[MODEL_FAULTS] += ONE  # the whole ring could not hold it
+        elif not device.paced:
+            return False
+        elif queue.drop:
+            device.qprdc[queue.counters] += ONE
+        elif backlog * (frame.length + CRC_SIZE) > device.fifo_bytes:
+            device.count[MPC] += ONE
+        else:
+            return False
+    consume(device)
+    return True
+
+
+# The source
+
+
+@kernel(inline=True)
+def random(device):
+    """32 random bits (xorshift64)."""
+    state = device.random
+    state ^= state << U(13)
+    state ^= state >> U(7)
+    state ^= state << U(17)
+    device.random = state
+    return state >> SHIFT32
+
+
+@kernel
+def offered(device, now):
+    """How many frames the wire has for the device by now, of those that it has not taken."""
+    if device.source == INBOX:
+        if device.tap_reads:
+            read_tap(device, now)
+        n = fifo_length(device.inbox)
+        if n and front(device.inbox)[2] + device.delay > now:
+            return ZERO
+        return n
+    if not device.started:
+        device.started, device.start, device.seen = ONE, now + device.delay, now
+    if now < device.start:
+        device.seen = now
+        return ZERO
+    left = device.limit - device.taken
+    if not device.paced:
+        return left
+    late = np.float64(now - device.seen) * device.per_cycle
+    if late > CATCH_UP:
+        device.start += U((late - CATCH_UP) / device.per_cycle)
+    device.seen = now
+    due = U(np.float64(now - min(device.start, now)) * device.per_cycle)
+    return min(left, due - min(due, device.taken))
+
+
+@kernel
+def fetch_frame(device):
+    """Make the next frame of the source the pending one. False if it cannot be on a wire and was passed over."""
+    frame = device.pending
+    if device.source == GENERATOR:
+        generate(device, device.rx_scratch_at, device.taken, device.flow)
+        frame.address, frame.length = device.rx_scratch_at, device.size
+    elif device.source == CAPTURE:
+        k = device.taken % device.frames
+        frame.address = device.data + load64(device.offsets + k * U(8))
+        frame.length = load32(device.lengths + k * U(4))
+    else:
+        frame.address, frame.length, _ = front(device.inbox)
+    if not HEADER_SIZE <= frame.length <= U(SCRATCH_SIZE - 4):
+        device.wire[MALFORMED] += ONE
+        return False
+    return True
+
+
+@kernel
+def consume(device):
+    """The pending frame is dealt with."""
+    device.pending.waiting = ZERO
+    device.taken += ONE
+    if device.source == GENERATOR:
+        device.flow = device.flow + ONE if device.flow + ONE < device.flows else ZERO
+    elif device.source == INBOX:
+        pop(device.inbox)
+
+
+@kernel
+def _to_scratch(device):
+    frame = device.pending
+    if frame.address != device.rx_scratch_at:
+        copy(device.rx_scratch_at, frame.address, frame.length)
+        frame.address = device.rx_scratch_at
+
+
+@kernel
+def draw(device):
+    """The next frame arrives: its fate is decided once, here. It is pending afterwards, or gone."""
+    frame, wire = device.pending, device.wire
+    if not fetch_frame(device):
+        consume(device)
+        return
+    wire[RECEIVED] += ONE
+    if device.loss and random(device) < device.loss:
+        wire[LOST] += ONE
+        consume(device)
+        return
+    frame.bad = ZERO
+    fcs = ZERO if device.crc_strip else crc32(frame.address, frame.length)
+    if device.corrupt and random(device) < device.corrupt:
+        wire[CORRUPTED] += ONE
+        frame.bad = ONE
+        _to_scratch(device)
+        where = frame.address + random(device) % frame.length
+        store8(where, load8(where) ^ ONE << (random(device) & U(7)))
+    if not admit(device, frame.address, frame.length, frame.bad):
+        consume(device)
+        return
+    frame.type, frame.hash = classify(device, frame.address, frame.length)
+    frame.queue = U(device.reta[frame.hash & U(127)]) if frame.type & U(15) else ZERO
+    if not device.crc_strip:
+        _to_scratch(device)
+        store32(frame.address + frame.length, fcs)
+        frame.length += CRC_SIZE
+    frame.waiting = ONE
+
+
+@kernel
+def settle(device):
+    """After a change of registers: can the generator's frames, all alike, go the short way?"""
+    device.changed = ZERO
+    queue = device.rx[0]
+    device.plain = ZERO
+    if device.source == GENERATOR and not (device.loss or device.corrupt or device.rss or queue.legacy):
+        octets = device.size + CRC_SIZE
+        legal = device.min_frame <= device.size and octets <= longest_frame(device, device.template_at)
+        whole = device.crc_strip and device.size <= queue.buffer
+        ordinary = load8(device.template_at) & ONE == ZERO and destination_passes(device, device.template_at)
+        if legal and whole and ordinary:
+            device.plain = ONE
+            device.plain_type = classify(device, device.template_at, device.size)[0]
+
+
+@kernel
+def burst(device, n):
+    """Up to `n` of the generator's frames into queue 0 without a look at each: the short way. Returns how many."""
+    queue = device.rx[0]
+    refresh_tail(device, queue)
+    size, head, octets = device.size, queue.head, device.size + CRC_SIZE
+    n = min(n, free_descriptors(queue), queue.size - head)
+    ring, reachable = reach(device, RX_RING, queue.base + (head << U(4)))
+    n = min(n, reachable >> U(4))
+    if n == ZERO:
+        return ZERO
+    status, flow, sequence = DD | EOP | size << SHIFT32, device.flow, device.taken
+    for k in range(n):
+        descriptor = ring + (U(k) << U(4))
+        target, reachable = reach(device, RX_DATA, load64(descriptor))
+        if reachable < size:
+            device.wire[DMA_FAULTS] += ONE
+        else:
+            generate(device, target, sequence, flow)
+        store64(descriptor, device.plain_type)
+        store_release64(descriptor + U(8), status)
+        sequence += ONE
+        flow = flow + ONE if flow + ONE < device.flows else ZERO
+    queue.head = head + n if head + n < queue.size else ZERO
+    device.taken, device.flow = sequence, flow
+    device.qprc[queue.counters] += n
+    device.qbrc[queue.counters] += n * size
+    _count_alike(device, n, octets)
+    return n
+
+
+@kernel(inline=True)
+def _count_alike(device, n, octets):
+    count = device.count
+    count[TPR] += n
+    count[GPRC] += n
+    count[TOR] += n * octets
+    count[GORC] += n * octets
+    device.rx_sizes[size_class(octets)] += n
+    device.wire[RECEIVED] += n
+
+
+@kernel
+def _miss(device, n):
+    """`n` of the generator's frames are lost for want of descriptors."""
+    queue = device.rx[0]
+    if queue.drop:
+        device.qprdc[queue.counters] += n
+    else:
+        device.count[MPC] += n
+    device.taken += n
+    device.flow = (device.flow + n) % device.flows
+    _count_alike(device, n, device.size + CRC_SIZE)
+
+
+@kernel
+def receive(device, now, budget):
+    """Deal with up to `budget` frames of the wire; returns how many."""
+    if device.source == NOTHING or device.rx_on == ZERO or device.rx_queues == ZERO:
+        return ZERO
+    if device.changed:
+        settle(device)
+    available = offered(device, now)
+    budget, n = min(available, budget), ZERO
+    if device.plain and device.rx[0].enabled and not device.pending.waiting:
+        while n < budget:
+            taken = burst(device, budget - n)
+            if taken == ZERO:
+                n += _overflow(device, available - n)
+                break
+            n += taken
+    else:
+        while n < budget:
+            if not device.pending.waiting:
+                draw(device)
+            if device.pending.waiting and not store_frame(device, available - n):
+                break
+            n += ONE
+    if n:
+        for k in range(device.rx_queues):
+            queue = device.rx[device.rx_enabled[k]]
+            store_release32(queue.registers + RDH, queue.head)
+    return n
+
+
+@kernel
+def _overflow(device, backlog):
+    """No descriptor for the generator's frames: how many of those that are due are lost."""
+    queue = device.rx[0]
+    if free_descriptors(queue):  # not a lack of descriptors: the ring itself cannot be read
+        device.wire[DMA_FAULTS] += ONE
+        queue.enabled = ZERO
+        return ZERO
+    if not device.paced:
+        return ZERO
+    kept = ZERO if queue.drop else device.fifo_bytes // (device.size + CRC_SIZE)
+    lost = backlog - min(backlog, kept)
+    if lost:
+        _miss(device, lost)
+    return lost

@@ -1,0 +1,148 @@
+"""The state of one simulated 82599 as a single record, shared by its registers (Python) and its engine (kernels)."""
+
+import numpy as np
+
+from ..core.capture import OUT
+from ..core.jit import kernel
+from ..core.mmio import fence, load_acquire, store_release
+
+U = np.uint64
+ZERO, ONE = U(0), U(1)
+MAX_DEVICES = 64  # in one process
+QUEUES = 128  # of each direction
+COUNTER_SETS = 16  # per-queue statistics
+MAX_MAPPINGS = 1024
+TEMPLATE_SIZE = 1536
+SCRATCH_SIZE = 16384  # the longest frame a device puts together from descriptors
+BATCH = 64  # frames a device handles in one visit and direction
+
+# Counters, read through the statistics registers of the same names.
+COUNTERS = ("CRCERRS", "RLEC", "RUC", "RFC", "ROC", "MPC", "GPRC", "GORC", "BPRC", "MPRC", "TPR", "TOR",
+            "GPTC", "GOTC", "TPT", "MPTC", "BPTC")
+(CRCERRS, RLEC, RUC, RFC, ROC, MPC, GPRC, GORC, BPRC, MPRC, TPR, TOR,
+ GPTC, GOTC, TPT, MPTC, BPTC) = (U(k) for k in range(len(COUNTERS)))
+
+# What the wire saw, for summary(). Nothing the driver could read.
+WIRE = ("received", "sent", "lost", "corrupted", "filtered", "no_queue", "refused", "malformed",
+        "dma_faults", "model_faults")
+(RECEIVED, SENT, LOST, CORRUPTED, FILTERED, NO_QUEUE, REFUSED, MALFORMED,
+ DMA_FAULTS, MODEL_FAULTS) = (U(k) for k in range(len(WIRE)))
+
+# Where frames come from and where they go
+NOTHING, GENERATOR, CAPTURE, INBOX = (U(k) for k in range(4))
+SINK, FILE, TAP, LINK, UNPLUGGED = (U(k) for k in range(5))
+
+# Which of the cached DMA translations an access uses
+RX_RING, RX_DATA, TX_RING, TX_DATA = (U(k) for k in range(4))
+
+
+def _words(*names):
+    return [(name, "u8") for name in names]
+
+
+MAPPING = np.dtype(_words("iova", "end", "address"))
+RX_QUEUE = np.dtype(_words(
+    "enabled", "base", "size",  # iova of the ring, descriptors
+    "head", "tail",  # the next descriptor to fill, the end as last seen
+    "registers",  # address of the queue's block in BAR 0
+    "buffer", "drop", "legacy", "counters",  # SRRCTL, RQSMR
+))
+TX_QUEUE = np.dtype(_words(
+    "enabled", "base", "size", "head", "registers", "counters",
+    "first", "next", "checked", "errors",  # sequence numbers at the sink
+))
+PENDING = np.dtype(_words(  # the frame that waits for descriptors, its fate decided
+    "waiting", "address", "length", "bad", "queue", "hash", "type"))
+
+DEVICE = np.dtype([
+    # who touches the state: Python sets `hold` and waits for `busy` to go, the engine works while it is not held
+    *_words("hold", "busy", "worker", "attention", "changed"),
+    # registers, as the engine needs them
+    *_words("bar", "rx_on", "tx_on", "crc_strip", "jumbo", "max_frame", "min_frame", "tx_pad", "tx_crc"),
+    *_words("store_bad", "all_unicast", "all_multicast", "broadcast", "multicast_shift", "multicast_on"),
+    *_words("rss", "fifo_bytes", "rx_queues", "tx_queues"),
+    ("rx_enabled", "u1", (QUEUES,)), ("tx_enabled", "u1", (QUEUES,)),  # queue numbers, the first rx_queues of them
+    ("rx", RX_QUEUE, (QUEUES,)), ("tx", TX_QUEUE, (QUEUES,)),
+    *_words("addresses"), ("address", "u8", (128,)), ("mta", "u4", (128,)),
+    ("reta", "u1", (128,)), ("toeplitz", "u4", (36, 256)),
+    # DMA
+    *_words("mappings"), ("mapping", MAPPING, (MAX_MAPPINGS,)), ("recent", "u8", (4,)),
+    # statistics
+    ("count", "u8", (len(COUNTERS),)), ("wire", "u8", (len(WIRE),)),
+    ("rx_sizes", "u8", (6,)), ("tx_sizes", "u8", (6,)),
+    *[(name, "u8", (COUNTER_SETS,)) for name in ("qprc", "qbrc", "qprdc", "qptc", "qbtc")],
+    # the source of received frames
+    *_words("source", "paced", "limit", "taken", "started", "start", "seen", "delay", "plain", "plain_type"),
+    ("per_cycle", "f8"),
+    *_words("size", "flows", "flow", "checksum"), ("template", "u1", (TEMPLATE_SIZE,)),
+    *_words("data", "offsets", "lengths", "frames"),
+    *_words("inbox", "tap_reads"), ("pending", PENDING),
+    # faults: chances of 2**32, state of the random numbers
+    *_words("loss", "corrupt", "random"),
+    # the sink of transmitted frames
+    *_words("sink", "outbox", "tap", "error"), ("out", OUT),
+    # frames fetched, not yet on the wire; frames put together from several descriptors
+    ("fetched", "u8", (BATCH,)), ("fetched_length", "u8", (BATCH,)),
+    ("rx_scratch", "u1", (SCRATCH_SIZE,)), ("tx_scratch", "u1", (SCRATCH_SIZE,)),
+    *_words("template_at", "rx_scratch_at", "tx_scratch_at"),  # their addresses
+], align=True)
+
+
+@kernel
+def claim(device):
+    """Ask the engine to keep off; True once it has. Ask again until it has."""
+    store_release(device, "hold", ONE)
+    fence()
+    return load_acquire(device, "busy") == ZERO
+
+
+@kernel
+def release(device):
+    store_release(device, "hold", ZERO)
+
+
+@kernel(inline=True)
+def enter(device):
+    """The engine's side: True if the device is not held, and will not be before `leave`."""
+    store_release(device, "busy", ONE)
+    fence()
+    if load_acquire(device, "hold") == ZERO:
+        return True
+    store_release(device, "busy", ZERO)
+    return False
+
+
+@kernel(inline=True)
+def leave(device):
+    store_release(device, "busy", ZERO)
+
+
+# DMA: every address of the driver's goes through here.
+
+
+@kernel
+def find_mapping(device, iova):
+    """The mapping that `iova` lies in, by bisection; the number of mappings if there is none."""
+    low, high = ZERO, device.mappings
+    while low < high:
+        middle = (low + high) >> ONE
+        if device.mapping[middle].end > iova:
+            high = middle
+        else:
+            low = middle + ONE
+    if low < device.mappings and device.mapping[low].iova <= iova:
+        return low
+    return device.mappings
+
+
+@kernel(inline=True)
+def reach(device, use, iova):
+    """(address, bytes that can be reached from there) of the device's `iova`; 0 bytes where nothing is mapped."""
+    mapping = device.mapping[device.recent[use]]
+    if not mapping.iova <= iova < mapping.end:
+        found = find_mapping(device, iova)
+        if found == device.mappings:
+            return ZERO, ZERO
+        device.recent[use] = found
+        mapping = device.mapping[found]
+    return mapping.address + (iova - mapping.iova), mapping.end - iova

@@ -1,0 +1,210 @@
+"""The transmit path of the simulated 82599: from descriptors to frames on the wire. Section 7.2."""
+
+from ..core.jit import kernel
+from ..core.raw import (
+    copy,
+    load8,
+    load32,
+    load64,
+    load_acquire32,
+    prefetch,
+    store8,
+    store_release32,
+)
+from .receive import CRC_SIZE, HEADER_SIZE, MAC_MASK, size_class
+from .state import (
+    BATCH,
+    BPTC,
+    DMA_FAULTS,
+    GOTC,
+    GPTC,
+    MALFORMED,
+    MODEL_FAULTS,
+    MPTC,
+    ONE,
+    SCRATCH_SIZE,
+    SINK,
+    TPT,
+    TX_DATA,
+    TX_RING,
+    ZERO,
+    U,
+    reach,
+)
+from .wire import SENT, check_sequence, crc32, emit
+
+TDH, TDT = U(0x10), U(0x18)
+LENGTH = U(0xFFFF)
+TYPE, CONTEXT, DATA = U(15 << 20), U(2 << 20), U(3 << 20)
+EOP, IFCS, RS, DEXT, VLE, TSE = (U(1 << k) for k in (24, 25, 27, 29, 30, 31))
+OFFLOADS = U(7 << 40)  # POPTS: checksums and IPsec
+DD = U(1)
+# A whole frame in one buffer, to go out as it is: this of the descriptor must be that
+SIMPLE_MASK, SIMPLE = TYPE | EOP | IFCS | DEXT | VLE | TSE | OFFLOADS, DATA | EOP | IFCS | DEXT
+LONGEST = U(SCRATCH_SIZE)
+INCOMPLETE, DROPPED, COMPLETE = U(0), U(1), U(2)
+
+
+@kernel
+def fetch(device, ring, n):
+    """Look at up to `n` descriptors and note where their frames are; stops before the first that is not SIMPLE."""
+    shortest = max(HEADER_SIZE, device.min_frame) if device.tx_pad else HEADER_SIZE
+    for k in range(n):
+        descriptor = ring + (U(k) << U(4))
+        command = load64(descriptor + U(8))
+        length = command & LENGTH
+        if command & SIMPLE_MASK != SIMPLE or not shortest <= length <= LONGEST:
+            return U(k)
+        address, reachable = reach(device, TX_DATA, load64(descriptor))
+        if reachable < length:
+            return U(k)
+        prefetch(address)
+        device.fetched[k] = address
+        device.fetched_length[k] = length
+    return n
+
+
+@kernel
+def send(device, queue, ring, n, now, time_ns):
+    """Put the first `n` fetched frames on the wire and report status; returns how many it took."""
+    octets, count, done, sink = ZERO, device.count, ZERO, device.sink == SINK
+    while done < n:
+        address, length = device.fetched[done], device.fetched_length[done]
+        if sink:
+            check_sequence(queue, address, length)
+        elif not emit(device, queue, address, length, now, time_ns):
+            break
+        octets += length
+        device.tx_sizes[size_class(length + CRC_SIZE)] += ONE
+        if load8(address) & ONE:
+            count[BPTC if load64(address) & MAC_MASK == MAC_MASK else MPTC] += ONE
+        descriptor = ring + (done << U(4))
+        if load64(descriptor + U(8)) & RS:
+            store_release32(descriptor + U(12), DD)
+        done += ONE
+    if sink:
+        device.wire[SENT] += done
+    _count(device, queue, done, octets)
+    return done
+
+
+@kernel(inline=True)
+def _count(device, queue, frames, octets):
+    count = device.count
+    count[GPTC] += frames
+    count[TPT] += frames
+    count[GOTC] += octets + frames * CRC_SIZE
+    device.qptc[queue.counters] += frames
+    device.qbtc[queue.counters] += octets
+
+
+@kernel
+def assemble(device, queue, head, pending):
+    """One frame of any shape from the descriptors at `head` into the scratch: (descriptors, bytes, what came of it)."""
+    total, used, damaged = ZERO, ZERO, False
+    while used < pending:
+        descriptor, reachable = reach(device, TX_RING, queue.base + ((head + used) % queue.size << U(4)))
+        if reachable < U(16):
+            return _halt(device, queue)
+        command = load64(descriptor + U(8))
+        kind, length = command & TYPE, command & LENGTH
+        used += ONE
+        if command & DEXT and kind == CONTEXT:
+            if used == ONE:
+                return used, ZERO, DROPPED  # offloads that would need it are refused below
+            damaged = True
+            continue
+        if command & DEXT and kind != DATA or length == ZERO or command & (TSE | VLE | OFFLOADS):
+            damaged = True
+        elif total + length > LONGEST:
+            damaged = True
+        else:
+            source, reachable = reach(device, TX_DATA, load64(descriptor))
+            if reachable < length:
+                return _halt(device, queue)
+            copy(device.tx_scratch_at + total, source, length)
+            total += length
+        if command & EOP or kind != DATA and command & DEXT:
+            if not damaged:
+                total = finish(device, total, command)
+            if damaged or total < HEADER_SIZE:
+                device.wire[MODEL_FAULTS] += ONE
+                return used, ZERO, DROPPED
+            return used, total, COMPLETE
+    if pending + ONE == queue.size:  # a full ring without an end
+        device.wire[MODEL_FAULTS] += ONE
+        return used, ZERO, DROPPED
+    return ZERO, ZERO, INCOMPLETE
+
+
+@kernel
+def finish(device, length, command):
+    """Padding and CRC of the assembled frame; its length without CRC, 0 if the CRC that it brought is wrong."""
+    scratch = device.tx_scratch_at
+    if not (command & IFCS and device.tx_crc):  # the last four bytes are the driver's own CRC
+        if length < HEADER_SIZE + CRC_SIZE or crc32(scratch, length - CRC_SIZE) != load32(scratch + length - CRC_SIZE):
+            device.wire[MALFORMED] += ONE
+            return ZERO
+        return length - CRC_SIZE
+    while device.tx_pad and HEADER_SIZE <= length < device.min_frame:
+        store8(scratch + length, ZERO)
+        length += ONE
+    return length
+
+
+@kernel
+def _halt(device, queue):
+    """A failed read stops the queue until it is enabled again."""
+    device.wire[DMA_FAULTS] += ONE
+    queue.enabled = ZERO
+    return ZERO, ZERO, INCOMPLETE
+
+
+@kernel
+def send_assembled(device, queue, head, pending, now, time_ns):
+    """One frame, or one descriptor that is none, the long way; returns the descriptors it took, 0 if it has to wait."""
+    used, length, outcome = assemble(device, queue, head, pending)
+    if outcome == COMPLETE:
+        address = device.tx_scratch_at
+        if not emit(device, queue, address, length, now, time_ns):
+            return ZERO
+        device.tx_sizes[size_class(length + CRC_SIZE)] += ONE
+        if load8(address) & ONE:
+            device.count[BPTC if load64(address) & MAC_MASK == MAC_MASK else MPTC] += ONE
+        _count(device, queue, ONE, length)
+    for k in range(used):
+        descriptor, _ = reach(device, TX_RING, queue.base + ((head + U(k)) % queue.size << U(4)))
+        if load64(descriptor + U(8)) & RS:
+            store_release32(descriptor + U(12), DD)
+    return used
+
+
+@kernel
+def transmit(device, queue, now, time_ns, budget):
+    """Deal with up to `budget` descriptors of one queue; returns how many."""
+    size, head = queue.size, queue.head
+    tail = load_acquire32(queue.registers + TDT)
+    if tail == head:
+        return ZERO
+    if tail >= size:
+        device.wire[MODEL_FAULTS] += ONE
+        queue.enabled = ZERO
+        return ZERO
+    pending = tail - head if tail > head else tail + size - head
+    n = ZERO
+    while n < min(budget, pending):
+        ring, reachable = reach(device, TX_RING, queue.base + (head << U(4)))
+        run = min(min(budget, pending) - n, size - head, reachable >> U(4), U(BATCH))
+        found = fetch(device, ring, run)
+        if found:
+            used = send(device, queue, ring, found, now, time_ns)
+        else:
+            used = send_assembled(device, queue, head, pending - n, now, time_ns)
+        n += used
+        head = (head + used) % size
+        if used == ZERO or used < found:
+            break
+    if n:
+        queue.head = head
+        store_release32(queue.registers + TDH, head)
+    return n
