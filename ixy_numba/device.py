@@ -1,5 +1,6 @@
 """`open_device(spec)`: from what a user types to a network device that is up, whatever its bus and driver."""
 
+import contextlib
 import importlib
 import re
 from abc import ABC, abstractmethod
@@ -57,10 +58,14 @@ class Device(ABC):
         if len(self.pools) != queues:
             raise UsageError(f"{self.name}: {len(self.pools)} pools for {queues} queues: expected one each")
         self._total, self._closed = Statistics(), False
-        for pool in self.pools:
-            pool.map(bus)
-        self._set_up()
-        bus.start()
+        with contextlib.ExitStack() as undo:
+            for pool in self.pools:
+                pool.map(bus)
+                undo.callback(pool.unmap, bus)
+            undo.callback(self._stop)
+            self._set_up()
+            bus.start()
+            undo.pop_all()
 
     @property
     def pool(self):
@@ -86,13 +91,19 @@ class Device(ABC):
         if self._closed:
             return
         self._closed = True
-        errors = self._quiesce()
-        for pool, buffers in zip(self.pools, self._release(), strict=True):
-            pool.restore(buffers)
+        errors = self._stop()
+        for pool in self.pools:
             pool.unmap(self.bus)
         self.bus.close()
         if errors:
             raise IxyError(f"{self.name}: closed, but it did not become quiet: {errors[0]}")
+
+    def _stop(self):
+        """All DMA off, and all buffers back to their pools; returns the errors met."""
+        errors = self._quiesce()
+        for pool, buffers in zip(self.pools, self._release(), strict=True):
+            pool.restore(buffers)
+        return errors
 
     def __enter__(self):
         return self
@@ -106,7 +117,7 @@ class Device(ABC):
 
     @abstractmethod
     def _set_up(self):
-        """Bring the device up and make `rx` and `tx`."""
+        """Bring the device up and make `rx` and `tx`. On an error `_quiesce` and `_release` undo what was done."""
 
     @abstractmethod
     def _quiesce(self):

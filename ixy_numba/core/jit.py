@@ -5,18 +5,27 @@ silently runs the old machine code. Here the cache directory is named by the mod
 package, and kernels from elsewhere are keyed by a fingerprint of all that they reference as well.
 """
 
+import contextlib
 import functools
 import hashlib
+import inspect
+import io
 import os
+import pickle
+import re
 import stat
+import sys
 import tempfile
+import threading
 import types as pytypes
 import warnings
+from enum import Enum, EnumType
 from pathlib import Path
 
 import numba
 import numpy as np
-from numba.core import caching, config
+from numba.core import caching, config, serialize, sigutils, types
+from numba.core.compiler import CompileResult
 from numba.core.dispatcher import Dispatcher
 
 from .errors import UsageError
@@ -56,44 +65,54 @@ def fingerprint(function):
 
 
 def _absorb(digest, value, seen):
-    value = getattr(value, "py_func", value)  # a compiled kernel stands for its source
+    if hasattr(value, "__wrapped__") and not isinstance(value, type):
+        value = inspect.unwrap(value)  # a kernel, an intrinsic or a handler stands for its source
     if isinstance(value, pytypes.FunctionType):
-        if id(value) in seen or _is_ours(value):
+        if id(value) in seen or (seen and _is_ours(value)):  # the cache directory's name tells our own sources
             return
         seen.add(id(value))
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         _absorb_code(digest, value.__code__, value.__globals__, seen)
         for part in [*cells, *(value.__defaults__ or ())]:
             _absorb(digest, part, seen)
-    elif isinstance(value, np.ndarray):
+    elif isinstance(value, (np.ndarray, np.generic)):
         digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     elif isinstance(value, (tuple, list, frozenset)):
         for part in sorted(value, key=repr) if isinstance(value, frozenset) else value:
             _absorb(digest, part, seen)
     elif isinstance(value, (type, pytypes.ModuleType, pytypes.BuiltinFunctionType)):
         digest.update(f"{value.__name__}{getattr(value, '__version__', '')}".encode())
-    elif isinstance(value, (int, float, complex, str, bytes, np.generic, np.dtype, type(None), type(Ellipsis))):
+    elif isinstance(value, (int, float, complex, str, bytes, Enum, np.dtype, type(None), type(Ellipsis))):
         digest.update(f"{type(value).__name__}{value!r}".encode())
     else:
         digest.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
 
 
 def _absorb_code(digest, code, names, seen):
-    digest.update(code.co_code)
+    digest.update(code.co_code + code.co_exceptiontable)
     for constant in code.co_consts:
         if isinstance(constant, pytypes.CodeType):
             _absorb_code(digest, constant, names, seen)
         else:
             _absorb(digest, constant, seen)
-    modules = [names[name] for name in code.co_names if isinstance(names.get(name), pytypes.ModuleType)]
-    own = [module for module in modules if module.__name__.split(".")[0] not in ("numpy", "math", "numba")]
+    scopes, entered = [names], set()
+    for scope in scopes:  # which grows: `helpers.limits.MAX` has all three of its names in co_names
+        for value in [scope[name] for name in code.co_names if name in scope]:
+            if id(value) not in entered:
+                entered.add(id(value))
+                scopes.append(_inside(value))
     for name in code.co_names:
         digest.update(name.encode())
-        if name in names:
-            _absorb(digest, names[name], seen)
-        for module in own:  # helpers.LIMIT: the attribute's name stands in co_names too
-            if hasattr(module, name):
-                _absorb(digest, getattr(module, name), seen)
+        for scope in scopes:
+            if name in scope:
+                _absorb(digest, scope[name], seen)
+
+
+def _inside(value):
+    """{name: value} of what a kernel may refer to through `value`: a module that may change, or an enumeration."""
+    if isinstance(value, pytypes.ModuleType) and value.__name__.split(".")[0] not in ("numpy", "math", "numba"):
+        return vars(value)
+    return value.__members__ if isinstance(value, EnumType) else {}
 
 
 def _is_ours(function):
@@ -117,13 +136,14 @@ def cache_directory():
         if found:
             return found
     # Cached code is executed: in a shared place only a directory that is ours and closed to others will do.
-    private = Path(tempfile.gettempdir()) / f"ixy_numba-{os.getuid()}"
-    if _writable(private):
-        info = private.lstat()
-        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077:
-            return _writable(private / leaf)
-    warnings.warn("ixy_numba: no writable cache directory, kernels are compiled anew at each start; "
-                  "set NUMBA_CACHE_DIR to a writable directory", RuntimeWarning, stacklevel=2)
+    with contextlib.suppress(FileNotFoundError):  # gettempdir: not even a temporary directory
+        private = Path(tempfile.gettempdir()) / f"ixy_numba-{os.getuid()}"
+        if _writable(private):
+            info = private.lstat()
+            if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077:
+                return _writable(private / leaf)
+    _warn("no writable cache directory, kernels are compiled anew at each start; set NUMBA_CACHE_DIR to a writable "
+          "directory")
     return None
 
 
@@ -142,55 +162,83 @@ def _cache_for(function):
     return _KernelCache(function)
 
 
-class _Locator:
-    """Where one function's machine code lies (the part of Numba's locator protocol that its cache uses)."""
+class _KernelCache(caching.NullCache):
+    """The machine code of one kernel: a file a version, named by a hash of all that went into it.
+
+    Numba's own cache keeps an index a function instead. Two processes that save at once can mix its entries up, and it
+    cannot be read where one entry's types cannot be imported, as those of another application's handler.
+    """
 
     def __init__(self, function):
-        self._py_file = function.__code__.co_filename
-        where = f"{os.path.abspath(self._py_file)}:{function.__code__.co_firstlineno}"
-        self._disambiguator = hashlib.sha256(where.encode()).hexdigest()[:12]
+        self._function = function
 
-    def get_cache_path(self):
+    @property
+    def cache_path(self):
         return str(cache_directory())
 
-    def get_source_stamp(self):
-        return None  # the directory's name and the index key say it all
-
-    def get_disambiguator(self):
-        return self._disambiguator
-
-    def ensure_cache_path(self):
-        pass
-
-    @classmethod
-    def from_function(cls, function, _file):
-        return cls(function)
-
-
-class _Implementation(caching.CompileResultCacheImpl):
-    _locator_classes = [_Locator]
-
-
-class _KernelCache(caching.FunctionCache):
-    _impl_class = _Implementation
-
-    def _index_key(self, sig, codegen):
-        ours = _is_ours(self._py_func)
-        return (*super()._index_key(sig, codegen), "" if ours else fingerprint(self._py_func))
+    def _path(self, signature, target_context):
+        function = self._function
+        parts = [numba.__version__, sys.version, target_context.codegen().magic_tuple(), fingerprint(function),
+                 os.path.abspath(function.__code__.co_filename), function.__code__.co_firstlineno,
+                 [_describe(kind) for kind in sigutils.normalize_signature(signature)[0]]]
+        name = re.sub(r"[^\w.]", "", f"{function.__module__}.{function.__qualname__}")[:100]
+        return cache_directory() / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.nbc"
 
     def load_overload(self, sig, target_context):
+        target_context.refresh()
         try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # a damaged cache file must cost a compilation, not the run
+            data = self._path(sig, target_context).read_bytes()
+            digest, payload = data[:32], data[32:]
+            if hashlib.sha256(payload).digest() != digest:
+                return None
+            loaded = CompileResult._rebuild(target_context, *pickle.loads(payload))
+        except Exception:  # absent or not to be used: that must cost a compilation, not the run
             return None
+        return loaded if loaded.signature.args == sigutils.normalize_signature(sig)[0] else None
 
     def save_overload(self, sig, data):
+        if data.library.has_dynamic_globals:
+            _warn(f"{self._function.__qualname__} is compiled anew at each start: it uses pointers or large global "
+                  "arrays; pass them as arguments")
+            return
+        path = self._path(sig, data.target_context)
+        fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         try:
-            super().save_overload(sig, data)
+            payload = _dumps(data._reduce())
+            fresh.write_bytes(hashlib.sha256(payload).digest() + payload)
+            fresh.replace(path)
         except OSError as error:
-            warnings.warn(f"ixy_numba: cannot save compiled kernels in {cache_directory()}: {error.strerror}",
-                          RuntimeWarning, stacklevel=2)
-            self.disable()
+            fresh.unlink(missing_ok=True)
+            _warn(f"cannot save compiled kernels in {cache_directory()}: {error.strerror}")
+
+
+def _warn(message):
+    warnings.warn(f"ixy_numba: {message}", RuntimeWarning, stacklevel=3)
+
+
+def _describe(kind):
+    """A Numba type in words that are the same in every process."""
+    parts, python_class = [str(kind)], getattr(kind, "instance_class", None)
+    if python_class is not None:
+        parts.append(f"{python_class.__module__}.{python_class.__qualname__}{getattr(python_class, '_fields', '')}")
+    if isinstance(kind, types.BaseTuple):
+        parts += map(_describe, kind.types)
+    return " ".join(parts)
+
+
+class _Pickler(serialize.NumbaPickler):
+    """Numba's, but a script's own classes go by name, so that the next process finds its own class there."""
+
+    def reducer_override(self, obj):
+        if isinstance(obj, type) and vars(sys.modules["__main__"]).get(obj.__qualname__) is obj:
+            return obj.__qualname__
+        return super().reducer_override(obj)
+
+
+def _dumps(value):
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=4).dump(value)
+    return buffer.getvalue()
 
 
 def compiled_signatures(function):

@@ -1,8 +1,9 @@
 """DMA memory: what the device reads and writes while the kernels do, as NumPy views over one mapping."""
 
+import collections
 import ctypes
-import itertools
 import mmap
+import weakref
 
 import numpy as np
 
@@ -14,9 +15,10 @@ ANY, LOCKED, HUGE = "any pages", "locked pages", "2 MiB huge pages"  # what a bu
 _MAP_HUGETLB, _MAP_HUGE_2MB = 0x40000, 21 << 26
 _libc = ctypes.CDLL(None, use_errno=True)
 # Addresses as the device sees them: never equal to virtual ones, so that a mix-up faults at once; below 2**39, as far
-# as the narrowest IOMMUs reach. Handed out once a process, so that one pool can be mapped for several devices.
-_iova = itertools.count(4 << 30, 1 << 30)
-IOVA_LIMIT = 1 << 39
+# as the narrowest IOMMUs reach. No two regions share one, so that one pool can be mapped for several devices; a closed
+# region's is used again as late as possible, so that a device that still writes there is found out.
+IOVA_LIMIT, LARGEST = 1 << 39, 1 << 30
+_iovas = collections.deque(range(4 << 30, IOVA_LIMIT, LARGEST))
 
 
 class DmaMemory:
@@ -32,12 +34,15 @@ class DmaMemory:
     def __init__(self, size, needs=ANY):
         if size <= 0:
             raise UsageError(f"DMA memory of {size} bytes: expected at least 1")
+        if size > LARGEST:
+            raise DmaError(f"DMA memory of {size} bytes: expected at most 1 GiB a region")
         self._map, self.page_size = _map(size, needs)
         self.size = len(self._map)
+        if not _iovas:
+            raise DmaError("DMA memory: all 508 regions are in use; close the devices and pools that are not needed")
+        self.iova = _iovas.popleft()
+        self._give_back = weakref.finalize(self, _iovas.append, self.iova)
         self.array = np.frombuffer(self._map, np.uint8)
-        self.iova = next(_iova)
-        if self.size > 1 << 30 or self.iova + self.size > IOVA_LIMIT:
-            raise DmaError(f"DMA memory of {self.size} bytes: expected at most 1 GiB a region and 508 regions")
         self._taken = 0
 
     @property
@@ -61,6 +66,7 @@ class DmaMemory:
         if self.closed:
             return
         self.array = None
+        self._give_back()
         try:
             self._map.close()
         except BufferError:  # somebody holds a view: keep the addresses, drop the pages
