@@ -61,7 +61,10 @@ def emit_pause(builder, machine=MACHINE):
 
 def emit_cycles(builder, machine=MACHINE):
     """The counter that user space may read: the TSC, or aarch64's virtual counter (its cycle counter traps)."""
-    return _call(builder, _I64, "llvm.readsteadycounter" if machine == "aarch64" else "llvm.x86.rdtsc")
+    if machine == "aarch64":  # llvm.readsteadycounter becomes a constant 0 there
+        register = builder.module.add_metadata(["cntvct_el0"])
+        return _call(builder, _I64, "llvm.read_volatile_register.i64", register)
+    return _call(builder, _I64, "llvm.x86.rdtsc")
 
 
 def emit_prefetch(builder, pointer):
