@@ -137,7 +137,7 @@ class SimBus(Bus):
         if spec.generate:
             frame, checksum = template(self.model.eeprom.mac, spec.size)
             state.template[: spec.size] = np.frombuffer(frame, np.uint8)
-            state.size, state.flows, state.checksum, state.source = spec.size, spec.flows, checksum, GENERATOR
+            state.frame_size, state.flows, state.checksum, state.source = spec.size, spec.flows, checksum, GENERATOR
         elif spec.capture_in:
             self._connect_capture()
         elif spec.link:
@@ -153,7 +153,7 @@ class SimBus(Bus):
     def _connect_capture(self):
         state = self.model.state
         capture = self._capture = Capture(self.spec.capture_in)
-        state.data, state.offsets = capture.data.ctypes.data, capture.offsets.ctypes.data
+        state.file, state.offsets = capture.data.ctypes.data, capture.offsets.ctypes.data
         state.lengths, state.frames = capture.lengths.ctypes.data, len(capture)
         state.limit, state.source = len(capture) * self.spec.loop, CAPTURE
         lengths = np.asarray(capture.lengths)

@@ -1,5 +1,6 @@
 """The engine: threads that move the frames of all running devices, each in a kernel without the interpreter."""
 
+import itertools
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from ..core.capture import Clock, now_ns
 from ..core.errors import IxyError, UsageError
 from ..core.jit import INTERPRETED, kernel
 from ..core.memory import new_record
-from ..core.mmio import cycles, load_acquire, pause, store_release
+from ..core.mmio import cycles, load_acquire, pause
 from .libc import sleep_us
 from .receive import receive
 from .state import BATCH, DEVICE, MAX_DEVICES, ONE, ZERO, U, enter, leave
@@ -60,7 +61,9 @@ def serve(control, devices, clock):
 class Engine:
     """All devices of the process and the threads that serve them.
 
-    There are as many threads as devices, but at least one processor is left for the driver.
+    There are as many threads as devices, but on at most half of the processors; the thread that starts a device, and
+    the threads that it starts later, run on the others. Left alone, the scheduler of a virtual machine was seen to keep
+    the simulation and the driver on one processor for seconds while the other one was idle.
     """
 
     def __init__(self):
@@ -70,6 +73,7 @@ class Engine:
         self._workers = {}
         self._clock = None
         self._running = {}  # slot: (worker, service)
+        self._processors = None  # before they were divided
 
     @property
     def clock(self):
@@ -98,13 +102,13 @@ class Engine:
     def start(self, slot, service):
         """Let a worker serve the device; `service(wanted)` is called in its thread when the device wants Python."""
         with self._lock:
-            limit = max(1, len(os.sched_getaffinity(0)) - 1)
+            ours = self._divide_processors()
             load = {number: 0 for number in self._workers}
             for number, _ in self._running.values():
                 load[number] += 1
-            if len(load) < limit and all(load.values()):
-                number = next(k for k in range(1, limit + 1) if k not in load)
-                self._workers[number] = _Worker(self, number)
+            if len(load) < len(ours) and all(load.values()):
+                number = next(k for k in itertools.count(1) if k not in load)
+                self._workers[number] = _Worker(self, number, ours)
             else:
                 number = min(load, key=load.get)
             self._running[slot] = number, service
@@ -120,7 +124,19 @@ class Engine:
             if not number or any(other == number for other, _ in self._running.values()):
                 return
             worker = self._workers.pop(number)
+            if not self._workers:
+                os.sched_setaffinity(0, self._processors)
+                self._processors = None
         worker.stop()
+
+    def _divide_processors(self):
+        """The processors for the simulation; the calling thread keeps to the others."""
+        if self._processors is None:
+            self._processors = os.sched_getaffinity(0)
+        usable = sorted(self._processors)
+        kept = max(1, len(usable) // 2)
+        os.sched_setaffinity(0, usable[:kept])
+        return usable[kept:] or usable
 
     def check(self, slot):
         """IxyError if the thread that serves the device has died."""
@@ -138,8 +154,8 @@ class Engine:
 
 
 class _Worker:
-    def __init__(self, engine, number):
-        self.engine, self.number = engine, number
+    def __init__(self, engine, number, processors):
+        self.engine, self.number, self.processors = engine, number, processors
         self.control = new_record(CONTROL)
         self.control.worker = number
         self.control.slice = int(engine.cycles_per_second)  # a second: then the clock is compared with the system's
@@ -152,6 +168,7 @@ class _Worker:
         if INTERPRETED:
             devices = devices.view(np.recarray)
         try:
+            os.sched_setaffinity(0, self.processors)
             while not self.control.stop:
                 serve(self.control, devices, self.engine.clock.record)
                 self.engine.service(self.number)

@@ -1,5 +1,6 @@
 """The simulated 82599's registers: what each access does, as the datasheet's chapter 8 describes it."""
 
+import itertools
 import mmap
 import threading
 import time
@@ -14,7 +15,7 @@ from ..drivers.ixgbe import regs as r
 from . import regs as m
 from .eeprom import Eeprom
 from .engine import ENGINE, visit
-from .state import BATCH, COUNTERS, DMA_FAULTS, MAX_MAPPINGS, QUEUES, WIRE, U, claim, release
+from .state import BATCH, COUNTER_SETS, COUNTERS, DMA_FAULTS, MAX_MAPPINGS, QUEUES, WIRE, U, claim, release
 
 MULTICAST_SHIFT = (0, 1, 2, 4)  # MCSTCTRL.MO: which 12 bits of an address index the table, counted from bits 47:36
 
@@ -56,7 +57,7 @@ class Model:
                 if time.monotonic() > deadline:
                     release(self.state)
                     raise IxyError(f"the simulation did not pause within {self.HOLD_TIMEOUT_S} s")
-                time.sleep(0)
+                time.sleep(1e-4)
             try:
                 yield self.state
             finally:
@@ -306,12 +307,12 @@ class Model:
         low, high, length, _, head = (int(word) for word in self._word[block // 4 : block // 4 + 5])
         control = block // 4 + 10
         if value & r.RXDCTL.ENABLE and not int(self._word[control]) & r.RXDCTL.ENABLE:
-            queue.base, queue.size = low & ~0x7F | high << 32, (length & 0xFFF80) // 16
-            queue.head = head if head < queue.size else 0
+            queue.ring, queue.length = low & ~0x7F | high << 32, (length & 0xFFF80) // 16
+            queue.head = head if head < queue.length else 0
             if "tail" in queue.dtype.names:
                 queue.tail = queue.head
         self._word[control] = value
-        queue.enabled = bool(value & r.RXDCTL.ENABLE and queue.size)
+        queue.enabled = bool(value & r.RXDCTL.ENABLE and queue.length)
         self._list_queues()
 
     def _list_queues(self):
@@ -325,17 +326,17 @@ class Model:
 
     def _bind_counters(self):
         state = self.state
-        for name in ("CRCERRS", "RLEC", "RUC", "RFC", "ROC", "GPRC", "BPRC", "MPRC", "TPR", "GPTC", "TPT", "MPTC", "BPTC"):
-            self._bind_counter(m.ALL[name], state.count, [COUNTERS.index(name)])
-        self._bind_counter(r.MPC[0], state.count, [COUNTERS.index("MPC")])
-        for register, counters in ((m.PRC, state.rx_sizes), (m.PTC, state.tx_sizes), (m.QPRC, state.qprc),
-                                   (r.QPRDC, state.qprdc), (m.QPTC, state.qptc)):
-            self._bind_counter(register, counters, range(register.count))
-        for name, low, high in (("GORC", r.GORCL, r.GORCH), ("GOTC", r.GOTCL, r.GOTCH), ("TOR", m.TORL, m.TORH)):
-            self._bind_octets(low, high, state.count, COUNTERS.index(name))
-        for k in range(16):
-            self._bind_octets(m.QBRC_L[k], m.QBRC_H[k], state.qbrc, k)
-            self._bind_octets(m.QBTC_L[k], m.QBTC_H[k], state.qbtc, k)
+        for index, name in enumerate(COUNTERS):
+            if name in m.ALL:  # those in two registers follow below
+                self._bind_counter(m.ALL[name].each()[0], state.count, [index])
+        self._bind_counter(m.ALL["PRC"], state.rx_sizes, range(6))
+        self._bind_counter(m.ALL["PTC"], state.tx_sizes, range(6))
+        for name in ("QPRC", "QPRDC", "QPTC"):
+            self._bind_counter(m.ALL[name], state[name.lower()], range(COUNTER_SETS))
+        for name in ("GORC", "GOTC", "TOR"):
+            self._bind_octets(m.ALL[f"{name}L"], m.ALL[f"{name}H"], state.count, COUNTERS.index(name))
+        for name, k in itertools.product(("QBRC", "QBTC"), range(COUNTER_SETS)):
+            self._bind_octets(m.ALL[f"{name}_L"][k], m.ALL[f"{name}_H"][k], state[name.lower()], k)
 
     def _bind_counter(self, register, counters, indices):
         def read(k):
@@ -398,7 +399,7 @@ class Model:
     def all_taken(self):
         """Whether the driver has given back every descriptor with a frame: RDT is one short of RDH."""
         with self.held() as state:
-            return all((self._tail(state.rx[k]) + 1) % int(state.rx[k].size) == int(state.rx[k].head)
+            return all((self._tail(state.rx[k]) + 1) % int(state.rx[k].length) == int(state.rx[k].head)
                        for k in self._enabled("rx"))
 
     def _enabled(self, direction):

@@ -189,14 +189,14 @@ def classify(device, address, length):
 @kernel(inline=True)
 def free_descriptors(queue):
     tail, head = queue.tail, queue.head
-    return tail - head if tail >= head else tail + queue.size - head
+    return tail - head if tail >= head else tail + queue.length - head
 
 
 @kernel
 def refresh_tail(device, queue):
     """Look at RDT. A tail beyond the ring gives the device nothing."""
     tail = load_acquire32(queue.registers + RDT)
-    if tail >= queue.size:
+    if tail >= queue.length:
         device.wire[MODEL_FAULTS] += ONE
         tail = queue.head
     queue.tail = tail
@@ -231,7 +231,7 @@ def place(device, queue):
             return False
     address, left = frame.address, frame.length
     while left:
-        descriptor, reachable = reach(device, RX_RING, queue.base + (queue.head << U(4)))
+        descriptor, reachable = reach(device, RX_RING, queue.ring + (queue.head << U(4)))
         if reachable < U(16):
             device.wire[DMA_FAULTS] += ONE
             queue.enabled = ZERO  # a failed read of a descriptor stops the queue until it is enabled again
@@ -240,7 +240,7 @@ def place(device, queue):
         left -= piece
         write_back(device, queue, descriptor, address, piece, left == ZERO)
         address += piece
-        queue.head = queue.head + ONE if queue.head + ONE < queue.size else ZERO
+        queue.head = queue.head + ONE if queue.head + ONE < queue.length else ZERO
     device.qprc[queue.counters] += ONE
     device.qbrc[queue.counters] += frame.length
     return True
@@ -254,7 +254,7 @@ def store_frame(device, backlog):
     if queue.enabled == ZERO:
         device.wire[NO_QUEUE] += ONE
     elif not place(device, queue):
-        if frame.length > queue.buffer * (queue.size - ONE):
+        if frame.length > queue.buffer * (queue.length - ONE):
             device.wire[MODEL_FAULTS] += ONE  # the whole ring could not hold it
         elif not device.paced:
             return False
@@ -314,10 +314,10 @@ def fetch_frame(device):
     frame = device.pending
     if device.source == GENERATOR:
         generate(device, device.rx_scratch_at, device.taken, device.flow)
-        frame.address, frame.length = device.rx_scratch_at, device.size
+        frame.address, frame.length = device.rx_scratch_at, device.frame_size
     elif device.source == CAPTURE:
         k = device.taken % device.frames
-        frame.address = device.data + load64(device.offsets + k * U(8))
+        frame.address = device.file + load64(device.offsets + k * U(8))
         frame.length = load32(device.lengths + k * U(4))
     else:
         frame.address, frame.length, _ = front(device.inbox)
@@ -385,13 +385,13 @@ def settle(device):
     queue = device.rx[0]
     device.plain = ZERO
     if device.source == GENERATOR and not (device.loss or device.corrupt or device.rss or queue.legacy):
-        octets = device.size + CRC_SIZE
-        legal = device.min_frame <= device.size and octets <= longest_frame(device, device.template_at)
-        whole = device.crc_strip and device.size <= queue.buffer
+        octets = device.frame_size + CRC_SIZE
+        legal = device.min_frame <= device.frame_size and octets <= longest_frame(device, device.template_at)
+        whole = device.crc_strip and device.frame_size <= queue.buffer
         ordinary = load8(device.template_at) & ONE == ZERO and destination_passes(device, device.template_at)
         if legal and whole and ordinary:
             device.plain = ONE
-            device.plain_type = classify(device, device.template_at, device.size)[0]
+            device.plain_type = classify(device, device.template_at, device.frame_size)[0]
 
 
 @kernel
@@ -399,9 +399,9 @@ def burst(device, n):
     """Up to `n` of the generator's frames into queue 0 without a look at each: the short way. Returns how many."""
     queue = device.rx[0]
     refresh_tail(device, queue)
-    size, head, octets = device.size, queue.head, device.size + CRC_SIZE
-    n = min(n, free_descriptors(queue), queue.size - head)
-    ring, reachable = reach(device, RX_RING, queue.base + (head << U(4)))
+    size, head, octets = device.frame_size, queue.head, device.frame_size + CRC_SIZE
+    n = min(n, free_descriptors(queue), queue.length - head)
+    ring, reachable = reach(device, RX_RING, queue.ring + (head << U(4)))
     n = min(n, reachable >> U(4))
     if n == ZERO:
         return ZERO
@@ -417,7 +417,7 @@ def burst(device, n):
         store_release64(descriptor + U(8), status)
         sequence += ONE
         flow = flow + ONE if flow + ONE < device.flows else ZERO
-    queue.head = head + n if head + n < queue.size else ZERO
+    queue.head = head + n if head + n < queue.length else ZERO
     device.taken, device.flow = sequence, flow
     device.qprc[queue.counters] += n
     device.qbrc[queue.counters] += n * size
@@ -446,7 +446,7 @@ def _miss(device, n):
         device.count[MPC] += n
     device.taken += n
     device.flow = (device.flow + n) % device.flows
-    _count_alike(device, n, device.size + CRC_SIZE)
+    _count_alike(device, n, device.frame_size + CRC_SIZE)
 
 
 @kernel
@@ -489,7 +489,7 @@ def _overflow(device, backlog):
         return ZERO
     if not device.paced:
         return ZERO
-    kept = ZERO if queue.drop else device.fifo_bytes // (device.size + CRC_SIZE)
+    kept = ZERO if queue.drop else device.fifo_bytes // (device.frame_size + CRC_SIZE)
     lost = backlog - min(backlog, kept)
     if lost:
         _miss(device, lost)

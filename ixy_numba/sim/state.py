@@ -4,7 +4,7 @@ import numpy as np
 
 from ..core.capture import OUT
 from ..core.jit import kernel
-from ..core.mmio import fence, load_acquire, store_release
+from ..core.mmio import fence, load_acquire, pause, store_release
 
 U = np.uint64
 ZERO, ONE = U(0), U(1)
@@ -42,13 +42,13 @@ def _words(*names):
 
 MAPPING = np.dtype(_words("iova", "end", "address"))
 RX_QUEUE = np.dtype(_words(
-    "enabled", "base", "size",  # iova of the ring, descriptors
+    "enabled", "ring", "length",  # iova of the ring, descriptors
     "head", "tail",  # the next descriptor to fill, the end as last seen
     "registers",  # address of the queue's block in BAR 0
     "buffer", "drop", "legacy", "counters",  # SRRCTL, RQSMR
 ))
 TX_QUEUE = np.dtype(_words(
-    "enabled", "base", "size", "head", "registers", "counters",
+    "enabled", "ring", "length", "head", "registers", "counters",
     "first", "next", "checked", "errors",  # sequence numbers at the sink
 ))
 PENDING = np.dtype(_words(  # the frame that waits for descriptors, its fate decided
@@ -74,8 +74,8 @@ DEVICE = np.dtype([
     # the source of received frames
     *_words("source", "paced", "limit", "taken", "started", "start", "seen", "delay", "plain", "plain_type"),
     ("per_cycle", "f8"),
-    *_words("size", "flows", "flow", "checksum"), ("template", "u1", (TEMPLATE_SIZE,)),
-    *_words("data", "offsets", "lengths", "frames"),
+    *_words("frame_size", "flows", "flow", "checksum"), ("template", "u1", (TEMPLATE_SIZE,)),
+    *_words("file", "offsets", "lengths", "frames"),
     *_words("inbox", "tap_reads"), ("pending", PENDING),
     # faults: chances of 2**32, state of the random numbers
     *_words("loss", "corrupt", "random"),
@@ -90,10 +90,14 @@ DEVICE = np.dtype([
 
 @kernel
 def claim(device):
-    """Ask the engine to keep off; True once it has. Ask again until it has."""
+    """Ask the engine to keep off, and wait for the end of a visit; False if it takes longer: ask again."""
     store_release(device, "hold", ONE)
     fence()
-    return load_acquire(device, "busy") == ZERO
+    for _ in range(1000):
+        if load_acquire(device, "busy") == ZERO:
+            return True
+        pause()
+    return False
 
 
 @kernel

@@ -103,7 +103,7 @@ def assemble(device, queue, head, pending):
     """One frame of any shape from the descriptors at `head` into the scratch: (descriptors, bytes, what came of it)."""
     total, used, damaged = ZERO, ZERO, False
     while used < pending:
-        descriptor, reachable = reach(device, TX_RING, queue.base + ((head + used) % queue.size << U(4)))
+        descriptor, reachable = reach(device, TX_RING, queue.ring + ((head + used) % queue.length << U(4)))
         if reachable < U(16):
             return _halt(device, queue)
         command = load64(descriptor + U(8))
@@ -131,7 +131,7 @@ def assemble(device, queue, head, pending):
                 device.wire[MODEL_FAULTS] += ONE
                 return used, ZERO, DROPPED
             return used, total, COMPLETE
-    if pending + ONE == queue.size:  # a full ring without an end
+    if pending + ONE == queue.length:  # a full ring without an end
         device.wire[MODEL_FAULTS] += ONE
         return used, ZERO, DROPPED
     return ZERO, ZERO, INCOMPLETE
@@ -173,7 +173,7 @@ def send_assembled(device, queue, head, pending, now, time_ns):
             device.count[BPTC if load64(address) & MAC_MASK == MAC_MASK else MPTC] += ONE
         _count(device, queue, ONE, length)
     for k in range(used):
-        descriptor, _ = reach(device, TX_RING, queue.base + ((head + U(k)) % queue.size << U(4)))
+        descriptor, _ = reach(device, TX_RING, queue.ring + ((head + U(k)) % queue.length << U(4)))
         if load64(descriptor + U(8)) & RS:
             store_release32(descriptor + U(12), DD)
     return used
@@ -182,7 +182,7 @@ def send_assembled(device, queue, head, pending, now, time_ns):
 @kernel
 def transmit(device, queue, now, time_ns, budget):
     """Deal with up to `budget` descriptors of one queue; returns how many."""
-    size, head = queue.size, queue.head
+    size, head = queue.length, queue.head
     tail = load_acquire32(queue.registers + TDT)
     if tail == head:
         return ZERO
@@ -193,7 +193,7 @@ def transmit(device, queue, now, time_ns, budget):
     pending = tail - head if tail > head else tail + size - head
     n = ZERO
     while n < min(budget, pending):
-        ring, reachable = reach(device, TX_RING, queue.base + (head << U(4)))
+        ring, reachable = reach(device, TX_RING, queue.ring + (head << U(4)))
         run = min(min(budget, pending) - n, size - head, reachable >> U(4), U(BATCH))
         found = fetch(device, ring, run)
         if found:

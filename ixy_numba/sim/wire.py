@@ -64,7 +64,7 @@ def fold(total):
 @kernel(inline=True)
 def generate(device, target, sequence, flow):
     """Write the generator's frame number `sequence` to `target`: the template, source port, checksum, sequence."""
-    size, template = device.size, device.template_at
+    size, template = device.frame_size, device.template_at
     port = U(FIRST_SOURCE_PORT) + flow
     part = fold(sequence)
     if size & ONE:  # the number begins at an odd offset: its bytes count with the other weight
