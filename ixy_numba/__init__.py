@@ -1,11 +1,12 @@
 """ixy_numba: network drivers in Python whose hot loop Numba compiles.
 
-    handler, DROP, Forwarder              write a handler, run it between receive and transmit
+    handler, DROP, run, Forwarder         write a handler, run it between receive and transmit
     open_device, open_devices             bring devices up
     rx_batch, tx_batch, alloc_batch, free_batch, packet, resize, kernel
                                           the batch verbs, for loops of your own
 """
 
+from .cli import run
 from .core.errors import ClosedError, DmaError, IxyError, RegisterTimeout, UsageError
 from .core.jit import kernel
 from .core.packet import Packet, packet, resize
@@ -18,5 +19,5 @@ __version__ = "0.1.0"
 __all__ = [
     "DROP", "MAX_BATCH", "ClosedError", "DmaError", "Forwarder", "IxyError", "Packet", "Pool", "RegisterTimeout",
     "Statistics", "UsageError", "alloc_batch", "free_batch", "handler", "kernel", "open_device", "open_devices",
-    "packet", "resize", "rx_batch", "tx_batch",
+    "packet", "resize", "run", "rx_batch", "tx_batch",
 ]

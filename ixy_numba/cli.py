@@ -1,6 +1,7 @@
 """What the apps share: arguments, errors as one line, Ctrl-C, figures every second, JSON at the end."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import time
 
 from .core.errors import IxyError
 from .core.jit import MODE
-from .device import Statistics, mbit
+from .device import Statistics, mbit, open_devices
+from .forwarder import Forwarder
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 
@@ -79,6 +81,37 @@ def main(run, argv=None):
         for number, handler in previous:
             signal.signal(number, handler)
     return code
+
+
+def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, batch_size=32, packets=None,
+            duration_s=None, as_json=False):
+    """Run `handler` between the devices named by `specs` until `stop` is set or the run ends; returns the exit code."""
+    with contextlib.ExitStack() as stack:
+        devices = open_devices(specs, queues=queues, ring_size=ring_size)
+        for device in devices:
+            stack.callback(device.close)
+        report = Report(app, devices, as_json, stop, duration_s)
+        with Forwarder(devices, handler, state=state, batch_size=batch_size, packets=packets) as forwarder:
+            report.watch(lambda: forwarder.ready, lambda: forwarder.finished, forwarder.check)
+        forwarded, failed = forwarder.count("forwarded"), forwarder.count("failed")
+        if failed:
+            print(f"the handler failed on {failed} packets, which were dropped; the first: "
+                  f"{forwarder.explain_failure()}", file=sys.stderr)
+        mpps = rate(forwarded, report.seconds)
+        cycles = forwarder.count("busy_cycles") / forwarded if forwarded else 0.0
+        report.finish(f"forwarded {forwarded} packets in {report.seconds:.3f} s: {mpps:.3f} Mpps, {cycles:.1f} cycles "
+                      "a packet", batch_size=batch_size, forwarded_packets=forwarded, mpps=mpps,
+                      cycles_per_packet=cycles, handler_dropped=forwarder.count("dropped"), handler_failed=failed)
+    return EXIT_OK
+
+
+def run(handler, specs, **options):
+    """Run a handler as a program: open `specs` (a list of device specs), forward until Ctrl-C; returns the exit code.
+
+    `state` may be what the handler takes; the other options are those of `forward`. Figures go to stdout, errors to
+    stderr, one line each: `sys.exit(run(my_handler, sys.argv[1:]))`.
+    """
+    return main(lambda _, stop: forward(handler.__name__, specs, handler, stop, **options))
 
 
 class Worker:

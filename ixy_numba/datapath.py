@@ -26,7 +26,7 @@ from .core.jit import CHECKED, fingerprint, kernel
 from .core.memory import new_record
 from .core.mmio import cycles, load_acquire, pause
 from .core.packet import packet_type, view
-from .core.pool import BUFFER_SIZE, ONE, ZERO, U
+from .core.pool import BUFFER_SIZE, ONE, ZERO, U, bus_addr
 
 EMPTY, BROKEN = U(0), U(0xFFFFFFFF)  # what rx_next says instead of a length
 TX_COUNTERS = [("stalled", "u8"), ("dropped", "u8")]  # in every driver's transmit state, kept by forward_loop
@@ -136,8 +136,11 @@ def tx_start(txq):
 
 
 @verb
-def tx_post(txq, position, index, length):
-    """Put a packet of `length` bytes, a buffer of the queue's pool, at `position`; returns the next position."""
+def tx_post(txq, position, index, bus_addr, length):
+    """Put a packet of `length` bytes, buffer `index` of the queue's pool, at `position`; returns the next position.
+
+    `bus_addr` is `pool.bus_addr(table, index)`: whoever calls has just loaded it.
+    """
 
 
 @verb
@@ -148,7 +151,7 @@ def tx_finish(txq, position):
 # ---- handlers
 
 DROP = -1  # a verdict: the packet goes nowhere
-_FAILED, _UNDECIDED = -2, -3
+_FAILED, _UNDECIDED, _BROKEN = -2, -3, -4
 MAX_PORTS = 16
 _handlers = {}
 
@@ -240,10 +243,10 @@ _judge = _dispatched(_judge, _kernel_of)
 CONTROL = np.dtype([
     ("stop", "u8"),  # set by anyone: the loop ends after the pass it is in
     ("batch_size", "u8"), ("budget", "u8"),  # most packets a pass; most packets to forward, all told
-    ("ports", "i8"), ("arrival", "i8"),  # how many ports there are; the one the current pass receives on
+    ("ports", "i8"), ("arrival", "u8"),  # how many ports there are; the one the current pass receives on
     ("output", "i8", (MAX_PORTS,)), ("verdict", "i8", (MAX_PORTS,)),  # per arrival: last output, a verdict that waits
     ("forwarded", "u8"), ("dropped", "u8"), ("failed", "u8"), ("busy_cycles", "u8"), ("passes", "u8"),
-    ("sample_length", "u8"), ("sample_port", "i8"), ("sample", "u1", (BUFFER_SIZE,)),  # the first packet that failed
+    ("sample_length", "u8"), ("sample_port", "u8"), ("sample", "u1", (BUFFER_SIZE,)),  # the first packet that failed
 ])
 
 
@@ -303,7 +306,7 @@ def _each_port_compiled(rxqs, txqs, lane, port):
 @kernel
 def forward_pass(rxq, txqs, lane, arrival):
     """Up to a batch of packets of one receive queue, each to the port that the handler says; returns how many."""
-    control = lane.control
+    control, arrival = lane.control, U(arrival)
     control.arrival = arrival
     limit = min(control.batch_size, control.budget - control.forwarded)
     taken = ZERO
@@ -312,7 +315,11 @@ def forward_pass(rxq, txqs, lane, arrival):
         verdict = control.verdict[arrival]
         if taken >= limit or verdict == _UNDECIDED or verdict == control.output[arrival]:
             return taken  # batch full, ring empty, or the output full: the packet waits
-        control.output[arrival] = verdict
+        if 0 <= verdict < control.ports:
+            control.output[arrival] = verdict
+        else:
+            _note_failure(rxq, control, verdict)
+            control.verdict[arrival] = DROP
 
 
 def _to_output(txqs, rxq, lane, limit, output):
@@ -337,9 +344,9 @@ def _to_output_compiled(txqs, rxq, lane, limit, output):
 def _run(rxq, txq, lane, limit):
     """Packets of `rxq` in order, as long as they go to `txq` or nowhere; returns how many.
 
-    Stops at a packet for another output, or when `txq` or the pool has no room: its verdict waits in control.verdict,
-    the packet itself at the head of its ring. A buffer that is sent is replaced from the pool, one that is dropped
-    stays.
+    Stops at a packet with any other verdict, or when `txq` or the pool has no room: that verdict waits in
+    control.verdict, the packet itself at the head of its ring. A buffer that is sent is replaced from the pool, one that
+    is dropped stays.
     """
     control, table, arrival = lane.control, rxq.pool.table, lane.control.arrival
     output, verdict = control.output[arrival], control.verdict[arrival]
@@ -348,7 +355,8 @@ def _run(rxq, txq, lane, limit):
         verdict = _stalled(txq, verdict)
     else:
         txq.state.stalled = ZERO
-    top, room = table.top, min(room, table.top)
+    top = table.top
+    room = min(room, top)
     i, tail = rx_start(rxq), tx_start(txq)
     n, sent = ZERO, ZERO
     while n < limit:
@@ -357,13 +365,12 @@ def _run(rxq, txq, lane, limit):
             break
         index = rx_buffer(rxq, i)
         if verdict == _UNDECIDED:
-            verdict = _decide(rxq, lane, index, length)
+            verdict = _decide(lane, view(rxq.pool.memory, index, length, arrival), length)
         if verdict == output:
             if sent == room:
-                table.empty += ONE if room == top else ZERO
                 break
             sent += ONE
-            tail = tx_post(txq, tail, index, length)
+            tail = tx_post(txq, tail, index, bus_addr(table, index), length)
             index = U(table.free[top - sent])
         elif verdict != DROP:
             break
@@ -374,6 +381,8 @@ def _run(rxq, txq, lane, limit):
     if sent != ZERO:
         table.top = top - sent
         tx_finish(txq, tail)  # before rx_finish: who sees the descriptors returned sees the packets sent
+    elif room == top:
+        table.empty += U(room == ZERO and verdict == output)
     if n != ZERO:
         rx_finish(rxq, i)
     control.forwarded += sent
@@ -382,25 +391,25 @@ def _run(rxq, txq, lane, limit):
 
 
 @kernel(inline=True)
-def _decide(rxq, lane, index, length):
-    """The verdict as the loop needs it: a port, or DROP; also for broken packets, exceptions and wild verdicts."""
-    control = lane.control
+def _decide(lane, packet, length):
+    """The handler's verdict; _FAILED when it raises, _BROKEN when the device's descriptor makes no sense."""
     if length == BROKEN:
-        rxq.state.errors += ONE
-        return DROP
+        return np.int64(_BROKEN)
     try:
-        verdict = np.int64(_judge(lane.handler, view(rxq.pool.memory, index, length, control.arrival), lane.state))
+        verdict = max(np.int64(_judge(lane.handler, packet, lane.state)), np.int64(_FAILED))
     except Exception:
         verdict = np.int64(_FAILED)
-    if verdict < DROP or verdict >= control.ports:
-        _note_failure(rxq, control, index, length)
-        return DROP
     return verdict
 
 
 @kernel
-def _note_failure(rxq, control, index, length):
-    """Count a packet that the handler failed on, and keep the first one so that the failure can be explained."""
+def _note_failure(rxq, control, verdict):
+    """Count the packet at the head of its ring, and keep the first that the handler failed on, to explain it later."""
+    if verdict == _BROKEN:
+        rxq.state.errors += ONE
+        return
+    position = rx_start(rxq)
+    index, length = rx_buffer(rxq, position), rx_next(rxq, position)
     if control.failed == ZERO:
         control.sample_port, control.sample_length = control.arrival, length
         for k in range(length):

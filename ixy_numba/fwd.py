@@ -1,13 +1,10 @@
 """Forward packets between two devices, both ways: `python -m ixy_numba.fwd [DEV1 DEV2]`."""
 
-import contextlib
 import sys
 
 from . import cli
 from .core.errors import UsageError
 from .datapath import handler
-from .device import open_devices
-from .forwarder import Forwarder
 
 
 @handler
@@ -43,22 +40,10 @@ def run(argv, stop):
     args = arguments().parse_args(argv)
     if len(args.devices) not in (0, 2):
         raise UsageError(f"{len(args.devices)} device(s): expected two, or none for two simulated ones")
-    with contextlib.ExitStack() as stack:
-        devices = open_devices(args.devices or ["sim:gen=line"] * 2, queues=args.queues, ring_size=args.ring_size)
-        for device in devices:
-            stack.callback(device.close)
-        report = cli.Report("fwd", devices, args.json, stop, args.duration)
-        forwarder = Forwarder(devices, touch_and_forward if args.touch else forward, batch_size=args.batch_size,
-                              packets=args.packets)
-        with forwarder:
-            report.watch(lambda: forwarder.ready, lambda: forwarder.finished, forwarder.check)
-        forwarded = forwarder.count("forwarded")
-        mpps = cli.rate(forwarded, report.seconds)
-        cycles = forwarder.count("busy_cycles") / forwarded if forwarded else 0.0
-        report.finish(f"forwarded {forwarded} packets in {report.seconds:.3f} s: {mpps:.3f} Mpps, {cycles:.1f} cycles "
-                      f"a packet", batch_size=args.batch_size, forwarded_packets=forwarded, mpps=mpps,
-                      cycles_per_packet=cycles)
-    return cli.EXIT_OK
+    chosen = touch_and_forward if args.touch else forward
+    return cli.forward("fwd", args.devices or ["sim:gen=line"] * 2, chosen, stop, queues=args.queues,
+                       ring_size=args.ring_size, batch_size=args.batch_size, packets=args.packets,
+                       duration_s=args.duration, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from . import cli
-from .core.capture import CaptureWriter, Clock, append, now_ns
+from .core.capture import CaptureWriter, append
+from .core.clock import Clock, now_ns
 from .core.jit import kernel
 from .core.memory import new_record
 from .core.mmio import load_acquire, pause

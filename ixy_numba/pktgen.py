@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from . import cli
-from .core.capture import Clock, now_ns
 from .core.checksum import SMALLEST, number, udp_frame
+from .core.clock import Clock, now_ns
 from .core.errors import IxyError
 from .core.jit import kernel
 from .core.memory import new_record

@@ -274,7 +274,7 @@ def view(memory, index, length, port):
     return _view(memory.buffer[index], length, port)
 
 
-@kernel
+@kernel(inline=True)
 def packet(pool, handle):
     """The bytes of the packet `handle` as a `Packet`; `pool` is a device's or a queue's `.pool`.
 

@@ -72,14 +72,15 @@ class Pool:
         if self.memory.closed:
             raise ClosedError("this pool is closed; make another")
         addresses = bus.map_dma(self.memory)
-        self._devices += 1
         first = addresses[np.arange(self.count) * BUFFER_STRIDE // self.memory.page_size]
         first = first + np.arange(self.count) * BUFFER_STRIDE % self.memory.page_size
         if self._addresses is None:
             self._addresses = first
             self._fill(addresses, first)
         elif (self._addresses != first).any():
+            bus.unmap_dma(self.memory)
             raise DmaError("the devices see this pool at different addresses; give each a pool of its own")
+        self._devices += 1
 
     def unmap(self, bus):
         """Take the buffers from the device behind `bus` again."""
@@ -138,6 +139,12 @@ def owns(table, handle):
 
 
 @kernel(inline=True)
+def bus_addr(table, index):
+    """Where the device sees buffer `index`."""
+    return table.word[index] >> ADDRESS_SHIFT
+
+
+@kernel(inline=True)
 def leave(table, index):
     """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
     word = table.word[index]
@@ -168,7 +175,7 @@ def free_batch(pool, batch, first, end):
     """Give packets batch.packet[first:end] back to their pool; returns how many were valid. Others are counted."""
     table = pool.table
     freed = ZERO
-    for k in range(U(first), U(end)):
+    for k in range(U(first), min(U(end), U(MAX_BATCH))):
         handle = batch.packet[k]
         if not owns(table, handle):
             table.bad_handles += ONE

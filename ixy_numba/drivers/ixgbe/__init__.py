@@ -35,6 +35,7 @@ class Ixgbe(Device):
 
     def _set_up(self):
         self.regs = Registers(self.name, self.bus.read32, self.bus.write32, self.trace)
+        self.rx, self.tx, self._memory = [], [], None
         rings = 16 * self.ring_size * 2 * self.queues
         self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs)
         addresses = self.bus.map_dma(self._memory)
@@ -45,8 +46,8 @@ class Ixgbe(Device):
             ring, iova = self._memory.take(dtype, align=128)
             start = iova - self._memory.iova
             address = int(addresses[start // page]) + start % page
-            if int(addresses[(start + dtype.itemsize - 1) // page]) + (start + dtype.itemsize - 1) % page != (
-                    address + dtype.itemsize - 1):
+            pages = addresses[start // page : (start + dtype.itemsize - 1) // page + 1].astype(np.int64)
+            if (np.diff(pages) != page).any():
                 raise DmaError(f"{self.name}: a ring of {self.ring_size} descriptors is not contiguous for the device; "
                                "choose a smaller ring size")
             return ring, address
@@ -62,8 +63,9 @@ class Ixgbe(Device):
         setup.clear_counters(regs)
         setup.init_receive(regs, [(iova, self.ring_size) for _, iova in rx_rings])
         setup.init_transmit(regs, [(iova, self.ring_size) for _, iova in tx_rings])
-        self.rx = [self._receive_queue(k, ring) for k, (ring, _) in enumerate(rx_rings)]
-        self.tx = [self._transmit_queue(k, ring) for k, (ring, _) in enumerate(tx_rings)]
+        for k in range(self.queues):
+            self.rx.append(self._receive_queue(k, rx_rings[k][0]))
+            self.tx.append(self._transmit_queue(k, tx_rings[k][0]))
         for k in range(self.queues):
             setup.start_transmit_queue(regs, k)
             setup.start_receive_queue(regs, k, self.ring_size)
@@ -91,13 +93,14 @@ class Ixgbe(Device):
         return setup.quiesce(self.regs, self.queues, self.queues)
 
     def _release(self):
-        held = []
-        for rxq, txq in zip(self.rx, self.tx, strict=True):
+        held = [np.zeros(0, np.uint32)] * self.queues
+        for k, (rxq, txq) in enumerate(zip(self.rx, self.tx, strict=True)):
             clean, tail = int(txq.state.clean), int(txq.state.tail)
             unsent = np.arange(clean, tail + self.ring_size * (tail < clean)) % self.ring_size
-            held.append(np.concatenate([rxq.state.held & INDEX_MASK, txq.state.held[unsent]]).astype(np.uint32))
-        self.bus.unmap_dma(self._memory)
-        self._memory.close()
+            held[k] = np.concatenate([rxq.state.held & INDEX_MASK, txq.state.held[unsent]]).astype(np.uint32)
+        if self._memory is not None:
+            self.bus.unmap_dma(self._memory)
+            self._memory.close()
         return held
 
     def wait_for_link(self, timeout_s=10.0):
@@ -125,10 +128,9 @@ class Ixgbe(Device):
         def read(*registers):
             return sum(self.regs.read(one) for register in registers for one in register.each())
 
-        rx_packets, tx_packets = read(r.GPRC), read(r.GPTC)
-        crc = 4  # GORC and GOTC count it
-        return Statistics(
-            rx_packets=rx_packets, rx_bytes=read(r.GORCL) + (read(r.GORCH) << 32) - crc * rx_packets,
-            tx_packets=tx_packets, tx_bytes=read(r.GOTCL) + (read(r.GOTCH) << 32) - crc * tx_packets,
+        tx_packets = read(r.GPTC)
+        return Statistics(  # received: the queues' counters, since GPRC counts what found no descriptor as well
+            rx_packets=read(r.QPRC), rx_bytes=read(r.QBRC_L) + (read(r.QBRC_H) << 32),
+            tx_packets=tx_packets, tx_bytes=read(r.GOTCL) + (read(r.GOTCH) << 32) - 4 * tx_packets,  # CRC
             rx_errors=read(r.CRCERRS, r.ILLERRC, r.ERRBC, r.RLEC, r.RUC, r.RFC, r.ROC, r.RJC),
             rx_dropped=read(r.MPC, r.QPRDC), tx_dropped=0)

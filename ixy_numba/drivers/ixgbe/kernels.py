@@ -69,17 +69,17 @@ def rx_batch(rxq, batch, limit):
         if top == ZERO:
             table.empty += ONE
             break
-        held = state.held[i]
+        index = state.held[i] & INDEX_MASK  # if there is nothing to hand out: the same buffer again
         if sound(done):
-            batch.packet[n] = held | (done & LENGTH)
+            batch.packet[n] = state.held[i] | (done & LENGTH)
             n += ONE
             top -= ONE
             index = U(table.free[top])
-            held = index | table.word[index] << GENERATION_SHIFT
-            state.held[i] = held
         else:
-            state.errors += ONE  # the same buffer again
-        desc.addr = table.word[held & INDEX_MASK] >> ADDRESS_SHIFT
+            state.errors += ONE
+        word = table.word[index]
+        state.held[i] = index | word << GENERATION_SHIFT
+        desc.addr = word >> ADDRESS_SHIFT
         desc.done = ZERO
         i = (i + ONE) & mask
         seen += ONE
@@ -102,16 +102,15 @@ def tx_batch(txq, batch, first, end):
     table = txq.pool.table
     space = tx_space(txq)
     tail = tx_start(txq)
-    k, taken = U(first), ZERO
-    while k < U(end) and taken < space:
+    k, last, taken = U(first), min(U(end), U(MAX_BATCH)), ZERO
+    while k < last and taken < space:
         handle = batch.packet[k]
         length = handle >> LENGTH_SHIFT & LOW16
         if not owns(table, handle) or length == ZERO or length > U(BUFFER_SIZE):
             table.bad_handles += ONE
         else:
             index = handle & INDEX_MASK
-            leave(table, index)
-            tail = tx_post(txq, tail, index, length)
+            tail = tx_post(txq, tail, index, leave(table, index), length)
             taken += ONE
         k += ONE
     if taken != ZERO:
@@ -189,11 +188,11 @@ def tx_start(txq):
 
 @datapath.tx_post.implement(TxQueue)
 @kernel(inline=True)
-def tx_post(txq, tail, index, length):
+def tx_post(txq, tail, index, bus_addr, length):
     desc = txq.ring.desc[tail]
     last_of_block = ((tail + ONE) & (BLOCK - ONE)) == ZERO
     txq.state.held[tail] = index
-    desc.addr = txq.pool.table.word[index] >> ADDRESS_SHIFT
+    desc.addr = bus_addr
     desc.command = DATA | ONE_BUFFER | (RS if last_of_block else ZERO) | length | length << PAYLEN_SHIFT
     return (tail + ONE) & U(len(txq.ring.desc) - 1)
 
