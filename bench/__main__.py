@@ -3,12 +3,14 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 
 from ixy_numba.core.errors import IxyError, UsageError
 
 TABLES = {
     "throughput": "cycles a packet for batch sizes 1 to 256, in three states of memory",
+    "handlers": "a user's handlers in Python, beside the same in C",
 }
 
 
@@ -61,6 +63,9 @@ def main(argv=None):
     except IxyError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 

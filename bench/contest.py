@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ixy_numba.core.errors import IxyError
+
 from . import nic, ours, rivals
 from .common import pin
 from .nic import DRAM, L3, WARM
@@ -18,8 +20,7 @@ class Contestant:
 
     def __init__(self, entry, eviction):
         self.entry, self.name = entry, entry.name
-        self.nic = nic.new_nic(entry.ports)
-        self.nic.touched = entry.touched
+        self.nic = nic.new_nic(entry.ports, entry.handler)
         self.eviction = nic.Eviction(eviction.walk, np.array(entry.private, np.uint64))
 
     def run(self, state, batch, rounds):
@@ -38,8 +39,9 @@ class Contestant:
         self.nic.check = 0
         faults = []
         received, sent, wrong = (int(self.nic.port[name].sum()) for name in ("received", "sent", "wrong"))
-        if received != sent or not sent:
-            faults.append(f"{received} packets received, {sent} sent")
+        due = received - int(self.nic.port["discards"].sum()) * int(self.nic.drops)
+        if sent != due or not sent:
+            faults.append(f"{received} packets received, {sent} sent, expected {due}")
         if wrong:
             faults.append(f"{wrong} packets with wrong contents or out of order")
         audited = self.entry.audit()
@@ -48,16 +50,20 @@ class Contestant:
         return [f"{self.name}, batch {batch}: {fault}" for fault in faults]
 
 
-def entries(handler="touch", python_handler=ours.touch_and_forward, forms=None):
-    """Every form of ours in this process's mode, and every rival that can be compiled."""
-    yield from (rivals.Rival(form, compiler.name, handler) for compiler in rivals.compilers() for form in rivals.FORMS)
-    yield from (ours.Ours(form, python_handler) for form in forms or ours.FORMS)
-
-
-def contestants(*args, **more):
+def contestants(handler="touch", forms=ours.FORMS):
+    """Ours in these forms and this process's mode, and every rival that can be compiled."""
     pin()
     eviction = nic.new_eviction([])
-    return [Contestant(entry, eviction) for entry in entries(*args, **more)]
+    entries = [rivals.Rival(form, compiler.name, handler) for compiler in rivals.compilers() for form in rivals.FORMS]
+    return [Contestant(entry, eviction) for entry in [*entries, *(ours.Ours(form, handler) for form in forms)]]
+
+
+def verified(players, batch_sizes):
+    """The players, once each has forwarded correctly: contents, order, buffers. IxyError otherwise."""
+    faults = [fault for batch in batch_sizes for player in players for fault in player.verify(batch)]
+    if faults:
+        raise IxyError("; ".join(faults))
+    return players
 
 
 def clock_cost():

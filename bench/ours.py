@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ixy_numba import device, free_batch, kernel, packet, rx_batch, tx_batch
+from ixy_numba import DROP, device, free_batch, handler, kernel, packet, rx_batch, tx_batch
 from ixy_numba.core.jit import CHECKED
 from ixy_numba.core.pool import INDEX_MASK
 from ixy_numba.datapath import Lane, forward_pass, new_control
@@ -14,6 +14,31 @@ from .nic import PORT, RING, address, phase
 
 device.SCHEMES["bench"] = "bench.bus"
 FORMS = ("fused", "batch")
+
+
+@handler
+def mac_swap(packet):
+    """Send a packet back with its MAC addresses exchanged, to the other port."""
+    if len(packet) < 14:
+        return DROP
+    high, low = packet.be32(0), packet.be16(4)
+    packet.set_be32(0, packet.be32(6))
+    packet.set_be16(4, packet.be16(10))
+    packet.set_be32(6, high)
+    packet.set_be16(10, low)
+    return 1 - packet.port
+
+
+@handler
+def udp_filter(packet):
+    """Drop unfragmented IPv4 UDP to port 9 (discard), let all else pass."""
+    if (len(packet) >= 42 and packet.be16(12) == 0x0800 and packet[14] == 0x45 and packet[23] == 17
+            and packet.be16(20) & 0x3FFF == 0 and packet.be16(36) == 9):
+        return DROP
+    return 1 - packet.port
+
+
+HANDLERS = {"touch": touch_and_forward, "mac_swap": mac_swap, "udp_filter": udp_filter}
 
 
 class Fused(NamedTuple):
@@ -57,14 +82,12 @@ def _verbs(driver, batch, passes):
 class Ours:
     """Two open devices and what the harness needs to know about them; `form` is "fused" or "batch"."""
 
-    touched = 1
-
-    def __init__(self, form, handler=touch_and_forward, state=None):
-        self.name = form if CHECKED else f"{form}_fast"
+    def __init__(self, form, handler="touch"):
+        self.name, self.handler = form if CHECKED else f"{form}_fast", handler
         self.devices = device.open_devices(["bench", "bench"], ring_size=RING)
         rxqs, txqs = (tuple(d.rx[0] for d in self.devices), tuple(d.tx[0] for d in self.devices))
         if form == "fused":
-            self.driver = Fused(rxqs, txqs, Lane(handler, state, new_control(2, 32)))
+            self.driver = Fused(rxqs, txqs, Lane(HANDLERS[handler], None, new_control(2, 32)))
         else:
             self.driver = Verbs(rxqs, txqs, self.devices[0].pools[0].batch())
         self.ports = np.zeros(2, PORT)

@@ -64,7 +64,7 @@ class Rival:
 
     def __init__(self, form, compiler, handler="touch"):
         source, prefix, run = FORMS[form]
-        self.name, self.touched = f"{form}_{compiler}", int(handler == "touch")
+        self.name, self.handler = f"{form}_{compiler}", handler
         code = library(source, compiler, handler)
 
         def function(name, result=ctypes.c_uint64):

@@ -1,7 +1,7 @@
 """Cycles a packet by batch size and memory state: ours in both modes beside the rivals in C."""
 
 from .common import LIMITS, MODES, grid, in_worker, say
-from .contest import clock_cost, compete, contestants, rows
+from .contest import clock_cost, compete, contestants, rows, verified
 from .nic import STATES
 
 TABLE = "throughput"
@@ -21,10 +21,7 @@ def measure(quick):
 
 
 def worker(quick):
-    players = contestants()
-    faults = [fault for batch in (1, 32, 256) for player in players for fault in player.verify(batch)]
-    if faults:
-        raise SystemExit("\n".join(faults))
+    players = verified(contestants(), (1, 32, 256))
     clock, made = clock_cost(), []
     for state in STATES:
         for batch in BATCH_SIZES:
