@@ -89,7 +89,7 @@ def table(namespace):
 
 
 def lint(registers, bar_size):
-    """What is wrong with a table: overlaps, misalignment, anything outside the BAR. An empty list is a clean table."""
+    """What is wrong with a table: overlaps, misalignment, anything outside the BAR or a register. [] is a clean one."""
     faults, seen = [], {}
     for register in registers.values():
         for one in register.each():
@@ -102,6 +102,8 @@ def lint(registers, bar_size):
         for name, mask in register.fields.items():
             if taken & mask:
                 faults.append(f"{register.name}.{name} overlaps another field")
+            if mask > ALL_ONES:
+                faults.append(f"{register.name}.{name} has a bit beyond 31")
             taken |= mask
     return faults
 
