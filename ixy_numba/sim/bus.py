@@ -94,12 +94,16 @@ class SimBus(Bus):
 
     @property
     def finished(self):
-        spec, state = self.spec, self.model.state
-        if spec.endless:
+        if self.spec.endless or not self._settled:
             return False
-        if spec.finite and (int(state.taken) < int(state.limit) or not self.model.all_taken()):
-            return False
-        return self.model.idle()
+        with self.model.held():  # the first look was on the move
+            return self._settled
+
+    @property
+    def _settled(self):
+        state = self.model.state
+        ended = not self.finite or int(state.taken) == int(state.limit) and self.model.all_taken
+        return ended and self.model.quiet
 
     def check(self):
         ENGINE.check(self.model.slot)

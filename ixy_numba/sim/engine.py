@@ -9,7 +9,7 @@ import numpy as np
 
 from ..core.capture import Clock, now_ns
 from ..core.errors import IxyError, UsageError
-from ..core.jit import INTERPRETED, kernel
+from ..core.jit import kernel
 from ..core.memory import new_record
 from ..core.mmio import cycles, load_acquire, pause
 from .libc import sleep_us
@@ -165,8 +165,6 @@ class _Worker:
 
     def _run(self):
         devices = self.engine.devices
-        if INTERPRETED:
-            devices = devices.view(np.recarray)
         try:
             os.sched_setaffinity(0, self.processors)
             while not self.control.stop:

@@ -15,8 +15,9 @@ from ..drivers.ixgbe import regs as r
 from . import regs as m
 from .eeprom import Eeprom
 from .engine import ENGINE, visit
-from .state import BATCH, COUNTER_SETS, COUNTERS, DMA_FAULTS, MAX_MAPPINGS, QUEUES, WIRE, U, claim, release
+from .state import BATCH, COUNTER_SETS, COUNTERS, MAX_MAPPINGS, QUEUES, WIRE, U, claim, release
 
+BITS_36 = (1 << 36) - 1
 MULTICAST_SHIFT = (0, 1, 2, 4)  # MCSTCTRL.MO: which 12 bits of an address index the table, counted from bits 47:36
 
 
@@ -37,7 +38,7 @@ class Model:
         self._lock = threading.RLock()
         self._mappings = []
         self._eicr = self._eims = 0
-        self._octets = {}
+        self._counters = []
         self.unknown_accesses = {}  # offset: accesses of registers that the model only stores
         self._init_state()
         self._reads, self._writes = {}, {}
@@ -73,19 +74,19 @@ class Model:
     def read(self, offset):
         """The 32-bit register at byte `offset` of BAR 0."""
         offset = self._place(offset)
-        with self.held():
+        with self._lock:  # no need to hold the engine: no reading changes what it works on
             handler = self._reads.get(offset)
             return handler() if handler else int(self._word[offset // 4])
 
     def write(self, offset, value):
         """Write the 32-bit register at byte `offset` of BAR 0."""
         offset = self._place(offset)
+        handler = self._writes.get(offset)
+        if not handler:
+            self._word[offset // 4] = value & ALL_ONES
+            return
         with self.held():
-            handler = self._writes.get(offset)
-            if handler:
-                handler(value & ALL_ONES)
-            else:
-                self._word[offset // 4] = value & ALL_ONES
+            handler(value & ALL_ONES)
 
     def _place(self, offset):
         if offset % 4 or not 0 <= offset < r.BAR_SIZE:
@@ -106,9 +107,9 @@ class Model:
             self._set(r.RAL[0], low)
             self._set(r.RAH[0], high | r.RAH.AV)
             self._eicr = self._eims = 0
-            self._octets.clear()
-            for name in ("count", "rx_sizes", "tx_sizes", "qprc", "qbrc", "qprdc", "qptc", "qbtc", "mta", "reta"):
-                state[name] = 0
+            for counter in self._counters:
+                counter.clear()
+            state["mta"] = state["reta"] = 0
             state.pending.waiting = 0
             for queue in range(QUEUES):
                 state.rx[queue].enabled = state.tx[queue].enabled = 0
@@ -322,42 +323,31 @@ class Model:
             self.state[f"{direction}_enabled"][: len(enabled)] = enabled
             self.state[f"{direction}_queues"] = len(enabled)
 
-    # Statistics: section 8.2.3.23. All clear on read and stick at their maximum.
+    # Statistics: section 8.2.3.23
 
     def _bind_counters(self):
         state = self.state
         for index, name in enumerate(COUNTERS):
             if name in m.ALL:  # those in two registers follow below
-                self._bind_counter(m.ALL[name].each()[0], state.count, [index])
-        self._bind_counter(m.ALL["PRC"], state.rx_sizes, range(6))
-        self._bind_counter(m.ALL["PTC"], state.tx_sizes, range(6))
-        for name in ("QPRC", "QPRDC", "QPTC"):
-            self._bind_counter(m.ALL[name], state[name.lower()], range(COUNTER_SETS))
+                self._bind_counter(m.ALL[name].each()[0], state.count, index)
+        for name, counts in (("PRC", state.rx_sizes), ("PTC", state.tx_sizes), ("QPRC", state.qprc),
+                             ("QPRDC", state.qprdc), ("QPTC", state.qptc)):
+            for index, one in enumerate(m.ALL[name].each()):
+                self._bind_counter(one, counts, index)
         for name in ("GORC", "GOTC", "TOR"):
             self._bind_octets(m.ALL[f"{name}L"], m.ALL[f"{name}H"], state.count, COUNTERS.index(name))
-        for name, k in itertools.product(("QBRC", "QBTC"), range(COUNTER_SETS)):
-            self._bind_octets(m.ALL[f"{name}_L"][k], m.ALL[f"{name}_H"][k], state[name.lower()], k)
+        for name, index in itertools.product(("QBRC", "QBTC"), range(COUNTER_SETS)):
+            self._bind_octets(m.ALL[f"{name}_L"][index], m.ALL[f"{name}_H"][index], state[name.lower()], index)
 
-    def _bind_counter(self, register, counters, indices):
-        def read(k):
-            value, counters[k] = int(counters[k]), 0
-            return min(value, ALL_ONES)
+    def _bind_counter(self, register, counts, index):
+        counter = Counter(counts, index)
+        self._counters.append(counter)
+        self._reads[register.offset] = counter.take
 
-        for one, k in zip(register.each(), indices, strict=True):
-            self._reads[one.offset] = partial(read, k)
-
-    def _bind_octets(self, low, high, counters, k):
-        """A 36-bit counter in two registers: the low one shows it and holds the high one, whose reading clears both."""
-        def read_low():
-            value = self._octets[low.offset] = int(counters[k])
-            return min(value, (1 << 36) - 1) & ALL_ONES
-
-        def read_high():
-            value = self._octets.pop(low.offset, int(counters[k]))
-            counters[k] -= U(value)
-            return min(value, (1 << 36) - 1) >> 32
-
-        self._reads[low.offset], self._reads[high.offset] = read_low, read_high
+    def _bind_octets(self, low, high, counts, index):
+        counter = Counter(counts, index)
+        self._counters.append(counter)
+        self._reads[low.offset], self._reads[high.offset] = counter.show_low, counter.take_high
 
     # DMA
 
@@ -391,16 +381,18 @@ class Model:
 
     # What the outside can see
 
-    def idle(self):
+    @property
+    def quiet(self):
         """Whether every enabled transmit queue has sent all it was given."""
-        with self.held() as state:
-            return all(int(state.tx[k].head) == self._tail(state.tx[k]) for k in self._enabled("tx"))
+        state = self.state
+        return all(int(state.tx[k].head) == self._tail(state.tx[k]) for k in self._enabled("tx"))
 
+    @property
     def all_taken(self):
-        """Whether the driver has given back every descriptor with a frame: RDT is one short of RDH."""
-        with self.held() as state:
-            return all((self._tail(state.rx[k]) + 1) % int(state.rx[k].length) == int(state.rx[k].head)
-                       for k in self._enabled("rx"))
+        """Whether the driver has given back every descriptor that got a frame: RDT is one short of RDH."""
+        state = self.state
+        return all((self._tail(state.rx[k]) + 1) % int(state.rx[k].length) == int(state.rx[k].head)
+                   for k in self._enabled("rx"))
 
     def _enabled(self, direction):
         return [int(k) for k in self.state[f"{direction}_enabled"][: int(self.state[f"{direction}_queues"])]]
@@ -410,12 +402,39 @@ class Model:
 
     def wire_counters(self):
         """What the wire and the checks of the model counted, as {name: count}."""
-        with self.held() as state:
-            return {name: int(count) for name, count in zip(WIRE, state.wire, strict=True)}
+        return {name: int(count) for name, count in zip(WIRE, self.state.wire, strict=True)}
 
-    @property
-    def dma_faults(self):
-        return int(self.state.wire[DMA_FAULTS])
+
+class Counter:
+    """A statistics register over a count that the engine only ever raises: what was added since it was last cleared.
+
+    It clears on read and sticks at its maximum. A 36-bit one is two registers: the low one shows it and holds the
+    rest, until reading the high one clears both.
+    """
+
+    def __init__(self, counts, index):
+        self._counts, self._index = counts, index
+        self._cleared, self._shown = 0, None
+
+    def clear(self):
+        self._cleared, self._shown = int(self._counts[self._index]), None
+
+    def _value(self):
+        return int(self._counts[self._index]) - self._cleared
+
+    def take(self):
+        value = self._value()
+        self._cleared += value
+        return min(value, ALL_ONES)
+
+    def show_low(self):
+        self._shown = self._value()
+        return min(self._shown, BITS_36) & ALL_ONES
+
+    def take_high(self):
+        value = self._value() if self._shown is None else self._shown
+        self._cleared, self._shown = self._cleared + value, None
+        return min(value, BITS_36) >> 32
 
 
 def _rx_block(queue):

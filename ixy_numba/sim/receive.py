@@ -18,6 +18,7 @@ from ..core.raw import (
 )
 from .state import (
     BPRC,
+    CALLING,
     CAPTURE,
     CORRUPTED,
     CRCERRS,
@@ -37,12 +38,14 @@ from .state import (
     ONE,
     RECEIVED,
     RFC,
+    RJC,
     ROC,
+    RUNNING,
     RUC,
     RX_DATA,
     RX_RING,
     SCRATCH_SIZE,
-    TAP,
+    SILENT,
     TOR,
     TPR,
     ZERO,
@@ -117,7 +120,10 @@ def admit(device, address, length, bad):
     passes = destination_passes(device, address)
     if length < device.min_frame or octets > longest_frame(device, address):
         if passes:
-            count[ROC if length >= device.min_frame else RFC if bad else RUC] += ONE
+            if length < device.min_frame:
+                count[RFC if bad else RUC] += ONE
+            else:
+                count[RJC if bad else ROC] += ONE
         return False
     if bad:
         count[CRCERRS] += ONE
@@ -256,7 +262,7 @@ def store_frame(device, backlog):
     elif not place(device, queue):
         if frame.length > queue.buffer * (queue.length - ONE):
             device.wire[MODEL_FAULTS] += ONE  # the whole ring could not hold it
-        elif not device.paced:
+        elif device.phase != RUNNING:  # the source waits
             return False
         elif queue.drop:
             device.qprdc[queue.counters] += ONE
@@ -284,7 +290,11 @@ def random(device):
 
 @kernel
 def offered(device, now):
-    """How many frames the wire has for the device by now, of those that it has not taken."""
+    """How many frames the wire has for the device by now, of those that it has not taken.
+
+    A paced source's clock starts when the driver has given the first frame's descriptor back, so that what is lost is
+    lost at the given rate, not to a program that is still being compiled.
+    """
     if device.source == INBOX:
         if device.tap_reads:
             read_tap(device, now)
@@ -292,20 +302,32 @@ def offered(device, now):
         if n and front(device.inbox)[2] + device.delay > now:
             return ZERO
         return n
-    if not device.started:
-        device.started, device.start, device.seen = ONE, now + device.delay, now
-    if now < device.start:
-        device.seen = now
-        return ZERO
     left = device.limit - device.taken
+    if device.phase == SILENT:
+        device.phase, device.start = CALLING, now + device.delay
+    if now < device.start or left == ZERO:
+        return ZERO
     if not device.paced:
         return left
-    late = np.float64(now - device.seen) * device.per_cycle
+    if device.phase == CALLING:
+        if device.taken == ZERO:
+            return ONE
+        queue = device.rx[device.pending.queue]
+        if load_acquire32(queue.registers + RDT) == queue.tail:
+            return ZERO
+        device.phase, device.start, device.seen = RUNNING, now, now
+    return min(left, _due(device, now))
+
+
+@kernel
+def _due(device, now):
+    """How many frames of a paced source have arrived and not been taken."""
+    late = np.float64(now - min(device.seen, now)) * device.per_cycle
     if late > CATCH_UP:
         device.start += U((late - CATCH_UP) / device.per_cycle)
     device.seen = now
-    due = U(np.float64(now - min(device.start, now)) * device.per_cycle)
-    return min(left, due - min(due, device.taken))
+    due = U(np.float64(now - min(device.start, now)) * device.per_cycle) + ONE
+    return due - min(due, device.taken)
 
 
 @kernel
@@ -487,7 +509,7 @@ def _overflow(device, backlog):
         device.wire[DMA_FAULTS] += ONE
         queue.enabled = ZERO
         return ZERO
-    if not device.paced:
+    if device.phase != RUNNING:
         return ZERO
     kept = ZERO if queue.drop else device.fifo_bytes // (device.frame_size + CRC_SIZE)
     lost = backlog - min(backlog, kept)

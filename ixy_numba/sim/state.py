@@ -17,9 +17,9 @@ SCRATCH_SIZE = 16384  # the longest frame a device puts together from descriptor
 BATCH = 64  # frames a device handles in one visit and direction
 
 # Counters, read through the statistics registers of the same names.
-COUNTERS = ("CRCERRS", "RLEC", "RUC", "RFC", "ROC", "MPC", "GPRC", "GORC", "BPRC", "MPRC", "TPR", "TOR",
+COUNTERS = ("CRCERRS", "RUC", "RFC", "ROC", "RJC", "MPC", "GPRC", "GORC", "BPRC", "MPRC", "TPR", "TOR",
             "GPTC", "GOTC", "TPT", "MPTC", "BPTC")
-(CRCERRS, RLEC, RUC, RFC, ROC, MPC, GPRC, GORC, BPRC, MPRC, TPR, TOR,
+(CRCERRS, RUC, RFC, ROC, RJC, MPC, GPRC, GORC, BPRC, MPRC, TPR, TOR,
  GPTC, GOTC, TPT, MPTC, BPTC) = (U(k) for k in range(len(COUNTERS)))
 
 # What the wire saw, for summary(). Nothing the driver could read.
@@ -28,9 +28,10 @@ WIRE = ("received", "sent", "lost", "corrupted", "filtered", "no_queue", "refuse
 (RECEIVED, SENT, LOST, CORRUPTED, FILTERED, NO_QUEUE, REFUSED, MALFORMED,
  DMA_FAULTS, MODEL_FAULTS) = (U(k) for k in range(len(WIRE)))
 
-# Where frames come from and where they go
+# Where frames come from and where they go, and how far a paced source is
 NOTHING, GENERATOR, CAPTURE, INBOX = (U(k) for k in range(4))
 SINK, FILE, TAP, LINK, UNPLUGGED = (U(k) for k in range(5))
+SILENT, CALLING, RUNNING = (U(k) for k in range(3))
 
 # Which of the cached DMA translations an access uses
 RX_RING, RX_DATA, TX_RING, TX_DATA = (U(k) for k in range(4))
@@ -72,7 +73,7 @@ DEVICE = np.dtype([
     ("rx_sizes", "u8", (6,)), ("tx_sizes", "u8", (6,)),
     *[(name, "u8", (COUNTER_SETS,)) for name in ("qprc", "qbrc", "qprdc", "qptc", "qbtc")],
     # the source of received frames
-    *_words("source", "paced", "limit", "taken", "started", "start", "seen", "delay", "plain", "plain_type"),
+    *_words("source", "paced", "limit", "taken", "phase", "start", "seen", "delay", "plain", "plain_type"),
     ("per_cycle", "f8"),
     *_words("frame_size", "flows", "flow", "checksum"), ("template", "u1", (TEMPLATE_SIZE,)),
     *_words("file", "offsets", "lengths", "frames"),
