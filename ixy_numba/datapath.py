@@ -29,7 +29,8 @@ from .core.packet import packet_type, view
 from .core.pool import BUFFER_SIZE, ONE, ZERO, U, bus_addr
 
 EMPTY, BROKEN = U(0), U(0xFFFFFFFF)  # what rx_next says instead of a length
-TX_COUNTERS = [("stalled", "u8"), ("dropped", "u8")]  # in every driver's transmit state, kept by forward_loop
+# In every driver's transmit state, kept by forward_loop: since when (in cycles) the ring has been full, packets lost by it.
+TX_COUNTERS = [("stalled", "u8"), ("dropped", "u8")]
 
 
 def _dispatched(stub, choose):
@@ -417,14 +418,16 @@ def _note_failure(rxq, control, verdict):
     control.failed += ONE
 
 
-STALL_LIMIT = U(1 << 20)
+STALL_LIMIT = U(1 << 33)  # cycles: some 2 to 4 seconds on x86-64
 
 
 @kernel
 def _stalled(txq, verdict):
     """A full ring: packets wait, but not for ever on a port that sends nothing (its link is down)."""
-    txq.state.stalled += ONE
-    if txq.state.stalled > STALL_LIMIT and verdict != _UNDECIDED:
+    now = cycles()
+    if txq.state.stalled == ZERO:
+        txq.state.stalled = now
+    if verdict != _UNDECIDED and now > txq.state.stalled and now - txq.state.stalled > STALL_LIMIT:
         txq.state.dropped += ONE
         return np.int64(DROP)
     return verdict

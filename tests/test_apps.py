@@ -43,6 +43,15 @@ def frames_of(path):
     return [bytes(frame) for frame, _ in RawPcapReader(str(path))]
 
 
+def assert_same(frames, expected):
+    """Frame by frame, so that a failure says which and where and not all of both."""
+    assert len(frames) == len(expected)
+    for k, (frame, wanted) in enumerate(zip(frames, expected, strict=True)):
+        if frame != wanted:
+            where = next((j for j in range(min(len(frame), len(wanted))) if frame[j] != wanted[j]), "the end")
+            pytest.fail(f"frame {k}: {len(frame)} bytes, expected {len(wanted)}; they differ at {where}")
+
+
 @pytest.fixture
 def capture(tmp_path):
     """Mixed Ethernet frames of 14 to 1514 bytes, as a microsecond capture."""
@@ -74,7 +83,7 @@ def test_fwd_copies_a_capture_byte_for_byte(capture, tmp_path, batch_size):
     result = last_json(app("fwd", "--json", "--no-touch", "--batch-size", batch_size, f"sim:in={capture}",
                            f"sim:out={tmp_path / 'copy.pcap'}"))
     expected = frames_of(capture)
-    assert frames_of(tmp_path / "copy.pcap") == expected
+    assert_same(frames_of(tmp_path / "copy.pcap"), expected)
     assert result["forwarded_packets"] == len(expected)
     sent, received = result["ports"]
     assert sent["rx_packets"] == received["tx_packets"] == len(expected)
@@ -84,13 +93,14 @@ def test_fwd_copies_a_capture_byte_for_byte(capture, tmp_path, batch_size):
 def test_fwd_touches_byte_1_and_nothing_else(capture, tmp_path):
     app("fwd", f"sim:in={capture}", f"sim:out={tmp_path / 'copy.pcap'}")
     touched = [frame[:1] + bytes([frame[1] + 1 & 255]) + frame[2:] for frame in frames_of(capture)]
-    assert frames_of(tmp_path / "copy.pcap") == touched
+    assert_same(frames_of(tmp_path / "copy.pcap"), touched)
 
 
 def test_fwd_both_ways_at_once(capture, tmp_path):
     a, b = tmp_path / "a.pcap", tmp_path / "b.pcap"
     app("fwd", "--no-touch", f"sim:in={capture},out={a}", f"sim:in={capture},out={b}")
-    assert frames_of(a) == frames_of(b) == frames_of(capture)
+    assert_same(frames_of(a), frames_of(capture))
+    assert_same(frames_of(b), frames_of(capture))
 
 
 def test_fwd_stops_after_exactly_n_packets():
@@ -139,7 +149,7 @@ def test_pcap_writes_what_arrives(tmp_path):
 def test_pcap_keeps_snaplen_bytes_and_every_frame_of_a_capture(capture, tmp_path):
     out = tmp_path / "out.pcap"
     app("pcap", f"sim:in={capture}", out, "--snaplen", 40)
-    assert frames_of(out) == [frame[:40] for frame in frames_of(capture)]
+    assert_same(frames_of(out), [frame[:40] for frame in frames_of(capture)])
 
 
 @pytest.mark.parametrize("args", [
