@@ -21,7 +21,16 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, make_attribute_wrapper, models, overload_method, register_model
+from numba.extending import (
+    NativeValue,
+    intrinsic,
+    make_attribute_wrapper,
+    models,
+    overload_method,
+    register_model,
+    typeof_impl,
+    unbox,
+)
 
 from .jit import CHECKED, INTERPRETED
 from .mmio import _call
@@ -221,15 +230,17 @@ class Packet:
                 raise IndexError(f"slices differ in length: {len(target)} and {len(value)} bytes")
             target[:] = value.data.copy()
         else:
-            self.data[self._at(index, 1)] = int(value) & 0xFF
+            self.data[self._at(index, 1)] = operator.index(value) & 0xFF
 
     def _at(self, index, size):
+        index = operator.index(index)
         if not 0 <= index <= len(self.data) - size:
             raise IndexError(f"{_OUTSIDE}: {size} byte(s) at offset {index} of {len(self.data)}")
-        return int(index)
+        return index
 
     def _inside(self, index):
-        start, stop = index.start or 0, len(self.data) if index.stop is None else index.stop
+        start = 0 if index.start is None else operator.index(index.start)
+        stop = len(self.data) if index.stop is None else operator.index(index.stop)
         if index.step is not None or not 0 <= start <= stop <= len(self.data):
             raise IndexError(f"{_SLICE}: [{start}:{stop}] of {len(self.data)} bytes")
         return slice(start, stop)
@@ -240,8 +251,16 @@ class Packet:
 
     def _store(self, offset, size, value):
         start = self._at(offset, size)
-        raw = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "big")
+        raw = (operator.index(value) & ((1 << 8 * size) - 1)).to_bytes(size, "big")
         self.data[start : start + size] = np.frombuffer(raw, np.uint8)
+
+    @property
+    def _address(self):
+        return self.data.ctypes.data
+
+    @property
+    def _length(self):
+        return len(self.data)
 
     def be16(self, offset):
         return np.uint16(self._load(offset, 2))
@@ -260,6 +279,29 @@ class Packet:
 
     def set_be64(self, offset, value):
         self._store(offset, 8, value)
+
+
+@typeof_impl.register(Packet)
+def _typeof_packet(value, context):
+    if not isinstance(value.data, np.ndarray) or value.data.dtype != np.uint8 or value.data.ndim != 1 or not (
+            value.data.flags.c_contiguous and value.data.flags.writeable):
+        raise TypeError("a kernel takes a Packet over a contiguous, writable, one-dimensional uint8 array")
+    return packet_type
+
+
+@unbox(PacketType)
+def _unbox_packet(kind, value, context):
+    """Lets plain Python, such as a handler under test, call kernels with its `Packet`: they work on the same bytes."""
+    members = []
+    for name in ("_address", "_length", "port"):
+        member = context.pyapi.object_getattr_string(value, name)
+        members.append(context.unbox(types.int64, member).value)
+        context.pyapi.decref(member)
+    view = _struct(context.context, context.builder)
+    view.data = context.builder.inttoptr(members[0], _I8.as_pointer())
+    view.length, view.port = members[1:]
+    failed = cgutils.is_not_null(context.builder, context.pyapi.err_occurred())
+    return NativeValue(view._getvalue(), is_error=failed)
 
 
 if INTERPRETED:
