@@ -282,7 +282,7 @@ class Model:
     def _latch_counters(self, register, direction, index):
         value = self._get(register[index])
         for k in range(4):
-            self.state[direction][4 * index + k].counters = value >> 8 * k & 15
+            getattr(self.state, direction)[4 * index + k].counters = value >> 8 * k & 15
 
     def _write_srrctl(self, queue, value):
         self._word[(_rx_block(queue) + 0x14) // 4] = value
