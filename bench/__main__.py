@@ -10,6 +10,7 @@ from ixy_numba.core.errors import IxyError, UsageError
 
 TABLES = {
     "throughput": "cycles a packet for batch sizes 1 to 256, in three states of memory",
+    "events": "instructions, loads, stores and branches a packet",
     "handlers": "a user's handlers in Python, beside the same in C",
 }
 

@@ -45,10 +45,11 @@ def worker_environment(mode="checked", **more):
         "NUMBA_CACHE_DIR": str(cache / digest.hexdigest()[:12]), **more}
 
 
-def in_worker(table, mode, **options):
+def in_worker(table, mode, environment=None, wrapper=(), **options):
     """`worker(**options)` of bench/<table>.py in a process of its own; returns what it returns."""
-    command = [sys.executable, "-m", "bench", "--worker", table, json.dumps(options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=worker_environment(mode), cwd=ROOT)
+    command = [*wrapper, sys.executable, "-m", "bench", "--worker", table, json.dumps(options)]
+    environment = worker_environment(mode, **environment or {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     if done.returncode:
         raise IxyError(f"the {table} benchmark's {mode} process ended with code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -50,11 +50,12 @@ class Contestant:
         return [f"{self.name}, batch {batch}: {fault}" for fault in faults]
 
 
-def contestants(handler="touch", forms=ours.FORMS):
+def contestants(handler="touch", forms=ours.FORMS, with_rivals=True, flags=rivals.FLAGS):
     """Ours in these forms and this process's mode, and every rival that can be compiled."""
     pin()
     eviction = nic.new_eviction([])
-    entries = [rivals.Rival(form, compiler.name, handler) for compiler in rivals.compilers() for form in rivals.FORMS]
+    compilers = rivals.compilers() if with_rivals else []
+    entries = [rivals.Rival(form, compiler.name, handler, flags) for compiler in compilers for form in rivals.FORMS]
     return [Contestant(entry, eviction) for entry in [*entries, *(ours.Ours(form, handler) for form in forms)]]
 
 

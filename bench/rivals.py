@@ -49,9 +49,9 @@ def _directory():
 
 
 @cache
-def library(source, compiler, handler="touch", flags=None):
+def library(source, compiler, handler="touch", flags=FLAGS):
     target = Path(_directory().name) / f"{source}-{compiler}-{handler}.so"
-    command = [compiler, *(flags or FLAGS), f"-DHANDLER={handler}", "-shared", "-fPIC", "-o", str(target),
+    command = [compiler, *flags, f"-DHANDLER={handler}", "-shared", "-fPIC", "-o", str(target),
                str(SOURCES / f"{source}.c")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -62,10 +62,10 @@ def library(source, compiler, handler="touch", flags=None):
 class Rival:
     """One form compiled by one compiler, open on DMA memory of its own."""
 
-    def __init__(self, form, compiler, handler="touch"):
+    def __init__(self, form, compiler, handler="touch", flags=FLAGS):
         source, prefix, run = FORMS[form]
         self.name, self.handler = f"{form}_{compiler}", handler
-        code = library(source, compiler, handler)
+        code = library(source, compiler, handler, flags)
 
         def function(name, result=ctypes.c_uint64):
             found = getattr(code, name)
