@@ -49,6 +49,8 @@ INCOMPLETE, DROPPED, COMPLETE = U(0), U(1), U(2)
 def fetch(device, ring, n):
     """Look at up to `n` descriptors and note where their frames are; stops before the first that is not SIMPLE."""
     shortest = max(HEADER_SIZE, device.min_frame) if device.tx_pad else HEADER_SIZE
+    if device.tx_crc == ZERO:
+        return ZERO
     for k in range(n):
         descriptor = ring + (U(k) << U(4))
         command = load64(descriptor + U(8))
@@ -125,12 +127,11 @@ def assemble(device, queue, head, pending):
             copy(device.tx_scratch_at + total, source, length)
             total += length
         if command & EOP or kind != DATA and command & DEXT:
-            if not damaged:
-                total = finish(device, total, command)
             if damaged or total < HEADER_SIZE:
                 device.wire[MODEL_FAULTS] += ONE
                 return used, ZERO, DROPPED
-            return used, total, COMPLETE
+            total = finish(device, total, command)
+            return used, total, COMPLETE if total else DROPPED
     if pending + ONE == queue.length:  # a full ring without an end
         device.wire[MODEL_FAULTS] += ONE
         return used, ZERO, DROPPED
