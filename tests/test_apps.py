@@ -20,7 +20,7 @@ LIMIT_S = 120  # a hang, not a slow machine
 def app(name, *args, code=0, **more):
     """Run an app to its end; returns the finished process."""
     done = subprocess.run([sys.executable, "-m", f"ixy_numba.{name}", *map(str, args)], text=True, timeout=LIMIT_S,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+                          stdin=subprocess.DEVNULL, capture_output=True, **more)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done
