@@ -77,6 +77,13 @@ class Rig:
     def step(self, frames=64, elapsed_us=0):
         return self.bus.step(frames, elapsed_us)
 
+    def run(self, frames=64):
+        """Step until nothing moves any more."""
+        for _ in range(1000):
+            if not self.step(frames):
+                return
+        raise AssertionError("the device does not come to rest")
+
     # receive
 
     def give(self, q, count):
@@ -99,7 +106,7 @@ class Rig:
     def received(self, q=0, first=0):
         """The whole frames in the ring from descriptor `first` on, as bytes."""
         frames, parts = [], []
-        for k in range(first, first + self.n):
+        for k in range(first, first + self.n - 1):  # one descriptor is never the device's
             status, length = self.status(q, k)
             if not status & DD:
                 break

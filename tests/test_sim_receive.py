@@ -465,8 +465,7 @@ def test_without_rss_all_goes_to_queue_0_with_its_packet_type(play):
 def test_a_flow_keeps_its_queue_and_flows_spread():
     rig = Rig("frames=2000,flows=100", n=1024, queues=4)
     use_rss(rig, entries=[k % 4 for k in range(128)])
-    while rig.step(500):
-        pass
+    rig.run(500)
     queues = {}
     for q in range(4):
         for data in rig.received(q):

@@ -312,8 +312,7 @@ def test_random_bursts_come_out_whole_and_in_order(tmp_path_factory, bursts):
         head = rig.read(r.TDH[0])
         free += (head - given_out) % rig.n
         given_out = head
-    while rig.step():
-        pass
+    rig.run()
     assert rig.read(r.TDH[0]) == rig.read(r.TDT[0]) and rig.bus.finished
     assert rig.wire("model_faults") == rig.wire("dma_faults") == 0
     assert sent(rig) == expected

@@ -17,6 +17,7 @@ from ..core.raw import (
     store_release64,
 )
 from .state import (
+    BATCH,
     BPRC,
     CALLING,
     CAPTURE,
@@ -52,7 +53,7 @@ from .state import (
     U,
     reach,
 )
-from .wire import crc32, fifo_length, front, generate, pop, read_tap, swap16
+from .wire import crc32, front, generate, pop, read_tap, ripe, swap16
 
 RDH, RDT = U(0x10), U(0x18)
 DD, EOP, RXE = U(1), U(2), U(1 << 29)
@@ -298,10 +299,7 @@ def offered(device, now):
     if device.source == INBOX:
         if device.tap_reads:
             read_tap(device, now)
-        n = fifo_length(device.inbox)
-        if n and front(device.inbox)[2] + device.delay > now:
-            return ZERO
-        return n
+        return ripe(device.inbox, now, device.delay, U(BATCH))
     left = device.limit - device.taken
     if device.phase == SILENT:
         device.phase, device.start = CALLING, now + device.delay

@@ -159,6 +159,16 @@ def front(fifo):
 
 
 @kernel
+def ripe(fifo, now, delay, limit):
+    """How many of the oldest `limit` frames were stamped at least `delay` before `now`."""
+    read, n = load64(fifo + _READ), ZERO
+    limit = min(limit, load_acquire64(fifo + _WRITTEN) - read)
+    while n < limit and load64(_slot(fifo, read + n)) + delay <= now:
+        n += ONE
+    return n
+
+
+@kernel
 def pop(fifo):
     store_release64(fifo + _READ, load64(fifo + _READ) + ONE)
 
