@@ -11,6 +11,10 @@ from ixy_numba.core.errors import IxyError, UsageError
 TABLES = {
     "throughput": "cycles a packet for batch sizes 1 to 256, in three states of memory",
     "events": "instructions, loads, stores and branches a packet",
+    "latency": "microseconds from receive to transmit, model and driver on two processors",
+    "endtoend": "Mpps of the forwarder with simulated NICs on another processor",
+    "startup": "seconds to the first packet",
+    "size": "lines of code and compressed size",
     "handlers": "a user's handlers in Python, beside the same in C",
 }
 

@@ -27,6 +27,10 @@ MODES = ("checked", "fast")
 PYTHON_HASH_SEED = "0"  # so that counted instructions do not depend on the order of sets
 
 
+class Unavailable(IxyError):
+    """This machine lacks what a table needs; `all` leaves the table out and says so."""
+
+
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
@@ -40,9 +44,9 @@ def worker_environment(mode="checked", **more):
     for source in sorted(HERE.glob("*.py")):
         digest.update(source.read_bytes())
     cache = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(tempfile.gettempdir()) / f"ixy_numba-bench-{os.getuid()}")
-    return {**os.environ, "IXY_NUMBA_MODE": mode, "PYTHONHASHSEED": PYTHON_HASH_SEED, "PYTHONPATH": os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "NUMBA_CACHE_DIR": str(cache / digest.hexdigest()[:12]), **more}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "IXY_NUMBA_MODE": mode, "PYTHONHASHSEED": PYTHON_HASH_SEED, "PYTHONPATH": path,
+            "NUMBA_CACHE_DIR": str(cache / digest.hexdigest()[:12]), **more}
 
 
 def in_worker(table, mode, environment=None, wrapper=(), **options):

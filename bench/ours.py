@@ -7,7 +7,7 @@ import numpy as np
 from ixy_numba import DROP, device, free_batch, handler, kernel, packet, rx_batch, tx_batch
 from ixy_numba.core.jit import CHECKED
 from ixy_numba.core.pool import INDEX_MASK
-from ixy_numba.datapath import Lane, forward_pass, new_control
+from ixy_numba.datapath import Lane, forward_round, new_control
 from ixy_numba.fwd import touch_and_forward
 
 from .nic import PORT, RING, address, phase
@@ -58,8 +58,7 @@ class Verbs(NamedTuple):
 def _fused(driver, batch, passes):
     driver.lane.control.batch_size = batch
     for _ in range(passes):
-        forward_pass(driver.rxqs[0], driver.txqs, driver.lane, 0)
-        forward_pass(driver.rxqs[1], driver.txqs, driver.lane, 1)
+        forward_round(driver.rxqs, driver.txqs, driver.lane, 0)
 
 
 @kernel
@@ -82,9 +81,9 @@ def _verbs(driver, batch, passes):
 class Ours:
     """Two open devices and what the harness needs to know about them; `form` is "fused" or "batch"."""
 
-    def __init__(self, form, handler="touch"):
+    def __init__(self, form, handler="touch", spec="bench"):
         self.name, self.handler = form if CHECKED else f"{form}_fast", handler
-        self.devices = device.open_devices(["bench", "bench"], ring_size=RING)
+        self.devices = device.open_devices([spec, spec], ring_size=RING)
         rxqs, txqs = (tuple(d.rx[0] for d in self.devices), tuple(d.tx[0] for d in self.devices))
         if form == "fused":
             self.driver = Fused(rxqs, txqs, Lane(HANDLERS[handler], None, new_control(2, 32)))

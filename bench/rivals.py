@@ -50,13 +50,23 @@ def _directory():
 
 @cache
 def library(source, compiler, handler="touch", flags=FLAGS):
-    target = Path(_directory().name) / f"{source}-{compiler}-{handler}.so"
-    command = [compiler, *flags, f"-DHANDLER={handler}", "-shared", "-fPIC", "-o", str(target),
-               str(SOURCES / f"{source}.c")]
+    """The shared library of one source with one handler."""
+    target = f"{source}-{compiler}-{handler}.so"
+    return ctypes.CDLL(_compile(source, compiler, target, *flags, f"-DHANDLER={handler}", "-shared", "-fPIC"))
+
+
+def program(source, compiler):
+    """The path of an executable."""
+    return _compile(source, compiler, f"{source}-{compiler}", *FLAGS)
+
+
+def _compile(source, compiler, target, *flags):
+    path = str(Path(_directory().name) / target)
+    command = [compiler, *flags, "-o", path, str(SOURCES / f"{source}.c")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise IxyError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[0]}")
-    return ctypes.CDLL(str(target))
+    return path
 
 
 class Rival:
