@@ -1,10 +1,12 @@
-"""`python -m bench TABLE`: measure one table, print it, keep it as JSON, draw it."""
+"""`python -m bench TABLE`: measure one table or all, print it, keep it as JSON, draw it."""
 
 import argparse
+import datetime
 import importlib
 import json
 import os
 import sys
+from pathlib import Path
 
 from ixy_numba.core.errors import IxyError, UsageError
 
@@ -21,13 +23,20 @@ TABLES = {
 
 def arguments():
     parser = argparse.ArgumentParser(
-        prog="python -m bench", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measure this machine: our driver and rivals in C, side by side.",
-        epilog="tables:\n" + "\n".join(f"  {name:<12} {text}" for name, text in TABLES.items()))
-    parser.add_argument("table", choices=[*TABLES, "all"], metavar="TABLE", help="a table, or all of them")
-    parser.add_argument("--json", metavar="FILE", help="write machine, commit and rows as JSON")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib)")
-    parser.add_argument("--quick", action="store_true", help="fewer runs: for a first look, and for CI")
+        prog="python -m bench", allow_abbrev=False,
+        description="Measure this machine: our driver beside rivals in C, in the same runs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="TABLE")
+    for name, text in {**TABLES, "all": "all of these"}.items():
+        table = commands.add_parser(name, help=text, description=f"Measure {text}.", allow_abbrev=False)
+        table.add_argument("--json", metavar="FILE", help="write machine, commit and rows as JSON")
+        table.add_argument("--plot", metavar="FILE.png", help="draw it (throughput, latency; needs matplotlib)")
+        table.add_argument("--quick", action="store_true", help="fewer runs: for a first look, and for CI")
+    text = "compare the instructions a packet costs with bench/budget.json"
+    budget = commands.add_parser("budget", help=text, allow_abbrev=False,
+                                 description=f"{text.capitalize()}; exit code 1 where they are more than 3 %% over.")
+    budget.add_argument("--update", action="store_true", help="make what is counted now the budget")
+    text = "write the figures of bench/results/ between the markers of README.md"
+    commands.add_parser("readme", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     return parser
 
 
@@ -35,36 +44,64 @@ def run(argv):
     if argv[:1] == ["--worker"]:
         _, table, options = argv
         print(json.dumps(importlib.import_module(f"bench.{table}").worker(**json.loads(options))))
-        return 0
+        return
     args = arguments().parse_args(argv)
-    from . import common
+    if args.command == "budget":
+        importlib.import_module("bench.budget").run(args.update)
+    elif args.command == "readme":
+        importlib.import_module("bench.readme").run()
+    else:
+        measure(args)
 
-    names = list(TABLES) if args.table == "all" else [args.table]
+
+def measure(args):
+    from . import common, plots
+
+    names = list(TABLES) if args.command == "all" else [args.command]
+    drawn = [name for name in names if name in plots.FIGURES] if args.plot else []
+    if args.plot and not drawn:
+        raise UsageError(f"{args.command} has no plot; {' and '.join(plots.FIGURES)} have")
+    for path in filter(None, (args.json, args.plot)):
+        _check_writable(path)  # now, not after the measurement
+    if drawn:
+        plots.require()
     noise, info, found = common.Noise(), common.machine(), []
     for name in names:
         table = importlib.import_module(f"bench.{name}")
-        made = table.measure(args.quick)
+        try:
+            made = table.measure(args.quick)
+        except common.Unavailable as error:
+            if args.command != "all":
+                raise
+            print(f"== {error}; the table is left out\n", flush=True)
+            continue
         print("\n".join([f"== {name}: {TABLES[name]}", "", *table.show(made), ""]), flush=True)
         found += made
-    quiet = noise.summary()
-    print("\n".join(common.headline(info, quiet)))
+    info["noise"] = noise.summary()
+    print("\n".join(common.headline(info)))
     if args.json:
-        result = {"machine": {**info, "noise": quiet}, "commit": common.commit(), "rows": found}
-        write(args.json, json.dumps(result, indent=1))
-    return 0
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        result = {"machine": info, "commit": common.commit(), "date": now, "quick": args.quick, "rows": found}
+        Path(args.json).write_text(common.as_json(result))
+    for name in drawn:
+        path = Path(args.plot)
+        plots.draw(name, found, info, path if len(drawn) == 1 else path.with_stem(f"{path.stem}-{name}"))
 
 
-def write(path, text):
+def _check_writable(path):
     try:
-        with open(path, "w") as file:
-            file.write(text + "\n")
+        open(path, "a").close()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; name a file that can be written") from None
+    if not os.path.getsize(path):
+        os.remove(path)
 
 
 def main(argv=None):
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return 0
     except IxyError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

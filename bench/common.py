@@ -144,7 +144,15 @@ LIMITS = ("What this does not show: a PCIe bus, real DMA and DDIO. The NIC is a 
           "the driver is timed, in cycles of the time stamp counter.")
 
 
-def headline(info, noise):
+def as_json(result):
+    """One row a line: results are kept in the repository, and changes of them are read."""
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in result["rows"])
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+def headline(info):
+    noise = info["noise"]
     found = ", ".join(info["compilers"].values()) or "no C compiler: the C columns are left out"
     return [f"{info['cpu']}, {info['cpus']} processors, TSC {info['tsc_ghz']} GHz, Linux {info['kernel']}",
             f"C: {found} ({info['c_flags']}); Python {info['python']}, numba {info['numba']}, numpy {info['numpy']}",

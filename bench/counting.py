@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ixy_numba import kernel
-from ixy_numba.core.errors import IxyError
 
 from . import nic, rivals
-from .common import in_worker
+from .common import Unavailable, in_worker
 from .contest import contestants
 from .nic import ONE, call, phase
 
@@ -108,9 +107,9 @@ CALLGRIND_EVENTS = {"instructions": ("Ir",), "loads": ("Dr",), "stores": ("Dw",)
 def callgrind(mode, batch_sizes, with_rivals=True):
     """{variant: {batch size: {event: per packet, "mix": …}}}, counted in two processes: one compiles, one counts."""
     if not shutil.which("valgrind"):
-        raise IxyError("counting instructions needs valgrind; install it (Debian: apt install valgrind)")
+        raise Unavailable("events: counting instructions needs valgrind; install it (Debian: apt install valgrind)")
     if not shutil.which("gcc"):
-        raise IxyError("counting instructions needs gcc for the probe; install it (Debian: apt install gcc libc6-dev)")
+        raise Unavailable("events: counting needs gcc for its probe; install it (Debian: apt install gcc libc6-dev)")
     options = {"batch_sizes": list(batch_sizes), "with_rivals": with_rivals}
     in_worker("counting", mode, GENERIC, **options)
     with tempfile.TemporaryDirectory(prefix="ixy_numba-callgrind-") as directory:

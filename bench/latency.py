@@ -185,6 +185,7 @@ def drain(player):
 def measure(quick):
     if len(os.sched_getaffinity(0)) < 2:
         raise Unavailable("latency: needs two processors, one for the model and one for the driver; only one is here")
+    require()
     say("latency: model and driver on two processors …")
     return in_worker(TABLE, "checked", quick=quick)
 
@@ -222,6 +223,13 @@ def row(name, mpps, found, runs, ghz):
             "us": {**percentiles(counts, longest, ghz), "max": round(longest / ghz / 1000, 3)},
             "p99_99_ratio_to_ixy_style": round(float(np.median(ratios)), 3),
             "min": round(float(ratios.min()), 3), "max": round(float(ratios.max()), 3)}
+
+
+def require():
+    try:
+        import hdrh.histogram  # noqa: F401
+    except ImportError:
+        raise Unavailable("latency: needs hdrhistogram; install it: pip install 'ixy_numba[bench]'") from None
 
 
 def percentiles(counts, longest, ghz):
