@@ -1,7 +1,5 @@
 """A simulated 82599 set up by hand: registers, rings and buffers in mapped memory, stepped explicitly. No driver."""
 
-import struct
-
 import numpy as np
 
 from ixy_numba.core.memory import DmaMemory
@@ -43,7 +41,7 @@ class Rig:
         self.rx_data = DmaMemory(queues * n * BUFFER)
         self.tx_data = DmaMemory(1 << 20)
         self.free_tx = 0
-        self.tails = [0] * queues
+        self.tails, self.tx_tail = [0] * queues, [0] * queues
         for memory in (self.rings, self.rx_data, self.tx_data):
             self.bus.map_dma(memory)
         descriptors = self.rings.array[: 2 * queues * n * 16].view("<u8").reshape(2, queues, n, 2)
@@ -134,14 +132,14 @@ class Rig:
 
     def queue_tx(self, address, command, q=0):
         """One raw descriptor at the tail; the device sees it only after `doorbell`."""
-        tail = int(self.read(r.TDT[q])) if not hasattr(self, "tx_tail") else self.tx_tail.get(q, 0)
-        self.tx_tail = getattr(self, "tx_tail", {})
+        tail = self.tx_tail[q]
         self.tx[q, tail] = address, command
         self.tx_tail[q] = (tail + 1) % self.n
         return tail
 
     def doorbell(self, q=0):
-        self.bus.bar0[r.TDT[q].offset : r.TDT[q].offset + 4] = np.frombuffer(struct.pack("<I", self.tx_tail[q]), np.uint8)
+        """Store the tail as kernels do, past the register behaviour."""
+        self.bus.bar0.view("<u4")[r.TDT[q].offset // 4] = self.tx_tail[q]
 
     def send(self, data, q=0, command=TX_WHOLE | TX_RS):
         """Queue a frame in one descriptor and ring the doorbell; returns the descriptor's index."""

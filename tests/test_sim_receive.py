@@ -3,14 +3,13 @@
 import struct
 import zlib
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_rig import DD, ENABLE, EOP, MAC, RXE, Rig, frame
 
-from ixy_numba.core.memory import DmaMemory
 from ixy_numba.core.jit import INTERPRETED
+from ixy_numba.core.memory import DmaMemory
 from ixy_numba.drivers.ixgbe import regs as r
 from ixy_numba.sim import regs as m
 

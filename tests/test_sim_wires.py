@@ -146,7 +146,6 @@ def test_the_sink_leaves_other_frames_alone(data):
 
 def test_each_transmit_queue_has_an_order_of_its_own():
     rig = Rig(queues=2)
-    rig.tx_tail = {0: 0, 1: 0}
     for number, q in ((5, 0), (6, 0), (0, 1), (1, 1)):
         rig.send(numbered(number), q=q)
     rig.step()

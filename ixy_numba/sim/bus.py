@@ -15,9 +15,8 @@ from .cable import Cable, open_tap
 from .engine import ENGINE
 from .model import Model
 from .spec import Spec, parse
-from .state import BATCH, CAPTURE, FILE, GENERATOR, INBOX, LINK, SCRATCH_SIZE, TAP, U
+from .state import BATCH, CAPTURE, FILE, GENERATOR, INBOX, LINK, SCRATCH_SIZE, TAP, UNPLUGGED, U
 from .template import template
-from .wire import fifo_length
 
 ENDLESS = 1 << 62
 _numbers = itertools.count(1)
@@ -187,10 +186,7 @@ class SimBus(Bus):
             except IxyError as error:
                 self._failure = error
                 with self.model.held():
-                    state.sink = 4  # unplugged: what is sent from now on is lost
-
-    def inbox_length(self):
-        return int(fifo_length(self.model.state.inbox)) if int(self.model.state.source) == INBOX else 0
+                    state.sink = UNPLUGGED  # what is sent from now on is lost
 
 
 def _scrambled(seed):

@@ -55,7 +55,7 @@ class Cable:
 
 
 class Tap:
-    """A TAP interface: frames written to `descriptor` appear on it. `fifo`: where the engine puts those read from it."""
+    """A TAP interface: frames written to `descriptor` appear on it; what it sends, the engine puts into `fifo`."""
 
     def __init__(self, descriptor):
         self.descriptor = descriptor
@@ -68,7 +68,7 @@ class Tap:
 
 
 def open_tap(name):
-    """Attach to the TAP interface `name`, made if it is not there, and bring it up. IxyError where that is not allowed."""
+    """Attach to the TAP interface `name`, made if need be, and bring it up. IxyError where that is not allowed."""
     try:
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

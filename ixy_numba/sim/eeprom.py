@@ -5,7 +5,7 @@ CORE_POINTER, CORE, CHECKSUM, SUM = 0x09, 0x50, 0x3F, 0xBABA
 
 
 class Eeprom:
-    """`words`: 16-bit words. The LAN core section holds the MAC; word 0x3F makes the sum of words and sections 0xBABA."""
+    """`words`, 16 bits each. The LAN core section has the MAC; word 0x3F makes the sum of words and sections 0xBABA."""
 
     def __init__(self, mac):
         self.mac = mac

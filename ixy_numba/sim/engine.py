@@ -1,5 +1,6 @@
 """The engine: threads that move the frames of all running devices, each in a kernel without the interpreter."""
 
+import contextlib
 import itertools
 import os
 import threading
@@ -11,13 +12,13 @@ from ..core.capture import Clock, now_ns
 from ..core.errors import IxyError, UsageError
 from ..core.jit import kernel
 from ..core.memory import new_record
-from ..core.mmio import cycles, load_acquire, pause
+from ..core.mmio import cycles, fence, load_acquire, pause, store_release
 from .libc import sleep_us
 from .receive import receive
 from .state import BATCH, DEVICE, MAX_DEVICES, ONE, ZERO, U, enter, leave
 from .transmit import transmit
 
-CONTROL = np.dtype([("stop", "u8"), ("worker", "u8"), ("slice", "u8"), ("slots", "u8")])
+CONTROL = np.dtype([("stop", "u8"), ("worker", "u8"), ("slice", "u8"), ("slots", "u8"), ("rounds", "u8")])
 SPINS, NAP_US = U(2000), U(50)  # idle rounds before the first nap
 
 
@@ -34,10 +35,18 @@ def visit(device, now, time_ns, budget):
 
 
 @kernel
+def assign(device, worker):
+    """Make `worker` (0: nobody) serve the device; visible to the workers when this returns."""
+    store_release(device, "worker", worker)
+    fence()
+
+
+@kernel
 def serve(control, devices, clock):
     """Turns for the devices of one worker, until it is told to stop, its slice ends or a device needs service."""
     idle, end = ZERO, cycles() + control.slice
     while load_acquire(control, "stop") == ZERO:
+        store_release(control, "rounds", control.rounds + ONE)
         now, time_ns, work = cycles(), now_ns(clock), ZERO
         if now > end:
             return
@@ -73,7 +82,7 @@ class Engine:
         self._workers = {}
         self._clock = None
         self._running = {}  # slot: (worker, service)
-        self._processors = None  # before they were divided
+        self._processors, self._confined = None, set()  # before they were divided; threads that keep to their part
 
     @property
     def clock(self):
@@ -112,31 +121,41 @@ class Engine:
             else:
                 number = min(load, key=load.get)
             self._running[slot] = number, service
-            self.devices[slot].worker = number
+            assign(self.devices[slot], U(number))
             control = self._workers[number].control
             control.slots = max(int(control.slots), slot + 1)
 
     def stop(self, slot):
-        """No worker touches the device any more, once the state has been claimed or this returned."""
+        """No worker touches the device any more once this returns."""
         with self._lock:
             number, _ = self._running.pop(slot, (0, None))
-            self.devices[slot].worker = 0
-            if not number or any(other == number for other, _ in self._running.values()):
+            if not number:
                 return
-            worker = self._workers.pop(number)
+            assign(self.devices[slot], ZERO)
+            worker = self._workers[number]
+            if any(other == number for other, _ in self._running.values()):
+                worker.finish_round()
+                return
+            del self._workers[number]
+            worker.stop()
             if not self._workers:
-                os.sched_setaffinity(0, self._processors)
-                self._processors = None
-        worker.stop()
+                self._share_processors()
 
     def _divide_processors(self):
-        """The processors for the simulation; the calling thread keeps to the others."""
+        """The processors for the simulation; the calling thread keeps to the others until all devices have stopped."""
         if self._processors is None:
-            self._processors = os.sched_getaffinity(0)
-        usable = sorted(self._processors)
-        kept = max(1, len(usable) // 2)
-        os.sched_setaffinity(0, usable[:kept])
-        return usable[kept:] or usable
+            self._processors = sorted(os.sched_getaffinity(0))
+        kept = max(1, len(self._processors) // 2)
+        os.sched_setaffinity(0, self._processors[:kept])
+        self._confined.add(threading.get_native_id())
+        return self._processors[kept:] or self._processors
+
+    def _share_processors(self):
+        for thread in self._confined:
+            with contextlib.suppress(OSError):  # it may have ended
+                os.sched_setaffinity(thread, self._processors)
+        self._confined.clear()
+        self._processors = None
 
     def check(self, slot):
         """IxyError if the thread that serves the device has died."""
@@ -172,14 +191,26 @@ class _Worker:
                 self.engine.service(self.number)
         except BaseException as error:  # reported by the devices' check()
             self.failed = error
+            for device in self.engine.devices:
+                if device.worker == self.number:
+                    device.busy = 0
 
-    def stop(self, timeout_s=30.0):
+    def finish_round(self):
+        """Wait until the kernel has begun another round, and so ended its visits of the last one."""
+        before = int(self.control.rounds)
+        self._wait(lambda: int(self.control.rounds) != before)
+
+    def stop(self):
         self.control.stop = 1
+        self._wait(lambda: False)
+
+    def _wait(self, done, timeout_s=30.0):
+        """Until `done()` or the end of the thread. Its kernels may be being compiled."""
         deadline = time.monotonic() + timeout_s
-        while self.thread.is_alive():
+        while self.thread.is_alive() and not done():
             if time.monotonic() > deadline:
-                raise IxyError(f"the simulation's thread did not stop within {timeout_s} s")
-            self.thread.join(0.05)
+                raise IxyError(f"the simulation's thread did not answer within {timeout_s} s")
+            self.thread.join(0.001)
 
 
 ENGINE = Engine()

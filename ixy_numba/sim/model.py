@@ -65,7 +65,7 @@ class Model:
                 release(self.state)
 
     def step(self, now, time_ns, frames=BATCH):
-        """Deal with up to `frames` received frames and descriptors a transmit queue, in this thread; returns their sum."""
+        """Deal with up to `frames` received frames and descriptors a transmit queue, in this thread: their sum."""
         with self._lock:
             return int(visit(self.state, U(now), U(time_ns), U(frames)))
 
@@ -152,8 +152,10 @@ class Model:
         for k in range(2):
             self._writes[m.EIMS_EX[k].offset] = partial(self._set_mask, shift=32 * k)
             self._writes[m.EIMC_EX[k].offset] = partial(self._clear_mask, shift=32 * k)
-            self._writes[m.EICS_EX[k].offset] = lambda value: None  # vectors without a message: nothing to see
-        for register in (r.FCTRL, m.MCSTCTRL, r.HLREG0, r.MAXFRS, r.MRQC, r.RXCTRL, r.DMATXCTL, m.SECRXCTRL, r.RXPBSIZE):
+            # DEVIATION(sim-interrupts): causes and masks can be set and read, but raise no interrupt.
+            self._writes[m.EICS_EX[k].offset] = lambda value: None
+        for register in (r.FCTRL, m.MCSTCTRL, r.HLREG0, r.MAXFRS, r.MRQC, r.RXCTRL, r.DMATXCTL, m.SECRXCTRL,
+                         r.RXPBSIZE):
             self._after(register, lambda index: self._latch())
         for register in (r.RAL, r.RAH):
             self._after(register, lambda index: self._latch_addresses())
@@ -184,6 +186,7 @@ class Model:
         if value & (r.CTRL.RST | r.CTRL.LRST):
             self.reset()
             value &= ~(r.CTRL.RST | r.CTRL.LRST)
+        # DEVIATION(sim-instant): resets, enables and link training are done at once; hardware takes up to milliseconds.
         self._set(r.CTRL, value)
         self._latch()
 
@@ -352,7 +355,7 @@ class Model:
     # DMA
 
     def map(self, iova, size, address):
-        """Let the device reach `size` bytes at virtual `address` under `iova`. UsageError where it is mapped already."""
+        """Let the device reach `size` bytes at virtual `address` under `iova`. UsageError where something is mapped."""
         with self.held():
             if size <= 0 or not 0 <= iova < iova + size <= 1 << 64:
                 raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: expected a range below 2**64")

@@ -6,7 +6,6 @@ from ..core.jit import kernel
 from ..core.raw import (
     copy,
     load8,
-    load16,
     load32,
     load64,
     load_acquire32,
@@ -16,15 +15,13 @@ from ..core.raw import (
     store_release32,
     store_release64,
 )
+from .mac import CRC_SIZE, HEADER_SIZE, admit, classify, destination_passes, longest_frame, size_class
 from .state import (
     BATCH,
-    BPRC,
     CALLING,
     CAPTURE,
     CORRUPTED,
-    CRCERRS,
     DMA_FAULTS,
-    FILTERED,
     GENERATOR,
     GORC,
     GPRC,
@@ -33,16 +30,11 @@ from .state import (
     MALFORMED,
     MODEL_FAULTS,
     MPC,
-    MPRC,
     NO_QUEUE,
     NOTHING,
     ONE,
     RECEIVED,
-    RFC,
-    RJC,
-    ROC,
     RUNNING,
-    RUC,
     RX_DATA,
     RX_RING,
     SCRATCH_SIZE,
@@ -53,141 +45,13 @@ from .state import (
     U,
     reach,
 )
-from .wire import crc32, front, generate, pop, read_tap, ripe, swap16
+from .wire import crc32, front, generate, pop, read_tap, ripe
 
 RDH, RDT = U(0x10), U(0x18)
 DD, EOP, RXE = U(1), U(2), U(1 << 29)
 LEGACY_DD_EOP, LEGACY_CRC_ERROR = U(3 << 32), U(1 << 40)
-CRC_SIZE, HEADER_SIZE, LONGEST_STANDARD = U(4), U(14), U(1518)
-MAC_MASK, SHIFT32, MANY = U(0xFFFFFFFFFFFF), U(32), U(1 << 62)
+SHIFT32 = U(32)
 CATCH_UP = U(256)  # frames that a late engine delivers at once; beyond that the wire's clock has stood still
-
-# Packet types (write-back bits 16:4) and RSS types (3:0) of section 7.1.6.2, MRQC's bits
-IPV4, IPV4_OPTIONS, IPV6, TCP, UDP = U(0x10), U(0x20), U(0x40), U(0x100), U(0x200)
-HASH_TCP4, HASH_IP4, HASH_TCP6, HASH_IP6, HASH_UDP4, HASH_UDP6 = U(1), U(2), U(3), U(5), U(7), U(8)
-MRQC_TCP4, MRQC_IP4, MRQC_IP6, MRQC_TCP6, MRQC_UDP4, MRQC_UDP6 = (U(1 << k) for k in (16, 17, 20, 21, 22, 23))
-ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN = U(0x0800), U(0x86DD), U(0x8100)
-
-
-@kernel(inline=True)
-def size_class(octets):
-    """Which of the six frame-size counters a frame of `octets` bytes, CRC included, goes to."""
-    if octets <= U(64):
-        return U(0)
-    if octets < U(256):
-        return U(1) if octets < U(128) else U(2)
-    if octets < U(1024):
-        return U(3) if octets < U(512) else U(4)
-    return U(5)
-
-
-# The MAC: 8.2.3.22, filters of 7.1.1
-
-
-@kernel
-def destination_passes(device, address):
-    """Whether the destination address gets through the filters of section 7.1.1.1."""
-    mac = load64(address) & MAC_MASK
-    if mac == MAC_MASK:
-        return device.broadcast != ZERO
-    if mac & ONE:
-        if device.all_multicast:
-            return True
-        if device.multicast_on:
-            bits = mac >> (U(36) - device.multicast_shift) & U(0xFFF)
-            if U(device.mta[bits >> U(5)]) >> (bits & U(31)) & ONE:
-                return True
-    elif device.all_unicast:
-        return True
-    for k in range(device.addresses):
-        if device.address[k] == mac:
-            return True
-    return False
-
-
-@kernel(inline=True)
-def longest_frame(device, address):
-    """The longest legal frame with CRC: MAXFRS counts only for jumbo frames; a VLAN tag comes on top."""
-    limit = device.max_frame if device.jumbo else LONGEST_STANDARD
-    return limit + CRC_SIZE if swap16(load16(address + U(12))) == ETHERTYPE_VLAN else limit
-
-
-@kernel
-def admit(device, address, length, bad):
-    """The MAC's rules and statistics; True if the frame is for the host. `bad`: its CRC is wrong."""
-    octets, count = length + CRC_SIZE, device.count
-    count[TPR] += ONE
-    count[TOR] += octets
-    passes = destination_passes(device, address)
-    if length < device.min_frame or octets > longest_frame(device, address):
-        if passes:
-            if length < device.min_frame:
-                count[RFC if bad else RUC] += ONE
-            else:
-                count[RJC if bad else ROC] += ONE
-        return False
-    if bad:
-        count[CRCERRS] += ONE
-        return device.store_bad != ZERO
-    if not passes:
-        device.wire[FILTERED] += ONE
-        return False
-    count[GPRC] += ONE
-    count[GORC] += octets
-    device.rx_sizes[size_class(octets)] += ONE
-    if load8(address) & ONE:
-        count[BPRC if load64(address) & MAC_MASK == MAC_MASK else MPRC] += ONE
-    return True
-
-
-# Receive side scaling, 7.1.2.8
-
-
-@kernel(inline=True)
-def _toeplitz(device, position, address, n):
-    value = U(0)
-    for k in range(n):
-        value ^= U(device.toeplitz[position + k, load8(address + U(k))])
-    return value
-
-
-@kernel
-def classify(device, address, length):
-    """(packet type | RSS type, hash) of a frame; RSS type 0 where no enabled function fits."""
-    at, kind = HEADER_SIZE, swap16(load16(address + U(12)))
-    if kind == ETHERTYPE_VLAN and length >= U(18):
-        at, kind = U(18), swap16(load16(address + U(16)))
-    here = address + at
-    if kind == ETHERTYPE_IPV4 and length >= at + U(20):
-        header = (load8(here) & U(15)) << U(2)
-        found, protocol = IPV4 if header <= U(20) else IPV4 | IPV4_OPTIONS, load8(here + U(9))
-        whole = swap16(load16(here + U(6))) & U(0x3FFF) == ZERO
-        addresses, size = here + U(12), 8
-        tcp, udp, ip = MRQC_TCP4, MRQC_UDP4, MRQC_IP4
-        hash_tcp, hash_udp, hash_ip = HASH_TCP4, HASH_UDP4, HASH_IP4
-    elif kind == ETHERTYPE_IPV6 and length >= at + U(40):
-        header, found, protocol, whole = U(40), IPV6, load8(here + U(6)), True
-        addresses, size = here + U(8), 32
-        tcp, udp, ip = MRQC_TCP6, MRQC_UDP6, MRQC_IP6
-        hash_tcp, hash_udp, hash_ip = HASH_TCP6, HASH_UDP6, HASH_IP6
-    else:
-        return ZERO, ZERO
-    ports = whole and length >= at + header + U(4)
-    wanted, hashed = ip, hash_ip
-    if ports and protocol == U(6):
-        found |= TCP
-        if device.rss & tcp:
-            wanted, hashed = tcp, hash_tcp
-    elif ports and protocol == U(17):
-        found |= UDP
-        if device.rss & udp:
-            wanted, hashed = udp, hash_udp
-    if device.rss & wanted == ZERO:
-        return found, ZERO
-    value = _toeplitz(device, 0, addresses, size)
-    if wanted != ip:
-        value ^= _toeplitz(device, size, here + header, 4)
-    return found | hashed, value
 
 
 # Descriptors, 7.1.6
@@ -229,7 +93,7 @@ def write_back(device, queue, descriptor, address, length, last):
 
 @kernel
 def place(device, queue):
-    """The pending frame into descriptors, as many as it takes; True once it is dealt with, False while too few are free."""
+    """The pending frame into as many descriptors as it takes. False while too few are free, True once dealt with."""
     frame = device.pending
     needed = ONE if frame.length <= queue.buffer else (frame.length + queue.buffer - ONE) // queue.buffer
     if free_descriptors(queue) < needed:
@@ -241,7 +105,8 @@ def place(device, queue):
         descriptor, reachable = reach(device, RX_RING, queue.ring + (queue.head << U(4)))
         if reachable < U(16):
             device.wire[DMA_FAULTS] += ONE
-            queue.enabled = ZERO  # a failed read of a descriptor stops the queue until it is enabled again
+            # DEVIATION(sim-dma): a failed read stops its queue until it is enabled again; hardware wants a reset.
+            queue.enabled = ZERO
             return True
         piece = min(left, queue.buffer)
         left -= piece
@@ -268,6 +133,7 @@ def store_frame(device, backlog):
         elif queue.drop:
             device.qprdc[queue.counters] += ONE
         elif backlog * (frame.length + CRC_SIZE) > device.fifo_bytes:
+            # DEVIATION(sim-fifo): frames in the packet buffer are not made yet, so the oldest is lost, not the newest.
             device.count[MPC] += ONE
         else:
             return False

@@ -118,11 +118,6 @@ def _slot(fifo, number):
 
 
 @kernel
-def fifo_length(fifo):
-    return load_acquire64(fifo + _WRITTEN) - load_acquire64(fifo + _READ)
-
-
-@kernel
 def unplug(fifo):
     """Nobody will read this FIFO any more."""
     store_release64(fifo + _UNPLUGGED, ONE)
