@@ -33,7 +33,7 @@ def arguments():
         table.add_argument("--quick", action="store_true", help="fewer runs: for a first look, and for CI")
     text = "compare the instructions a packet costs with bench/budget.json"
     budget = commands.add_parser("budget", help=text, allow_abbrev=False,
-                                 description=f"{text.capitalize()}; exit code 1 where they are more than 3 %% over.")
+                                 description=f"{text.capitalize()}; exit code 1 where they are more than 3 % over.")
     budget.add_argument("--update", action="store_true", help="make what is counted now the budget")
     text = "write the figures of bench/results/ between the markers of README.md"
     commands.add_parser("readme", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
@@ -42,8 +42,7 @@ def arguments():
 
 def run(argv):
     if argv[:1] == ["--worker"]:
-        _, table, options = argv
-        print(json.dumps(importlib.import_module(f"bench.{table}").worker(**json.loads(options))))
+        print(json.dumps(work(*argv[1:])))
         return
     args = arguments().parse_args(argv)
     if args.command == "budget":
@@ -54,9 +53,18 @@ def run(argv):
         measure(args)
 
 
+def work(table, options):
+    """A worker process: what the table's `worker` returns, or the error that it ended with."""
+    try:
+        return {"result": importlib.import_module(f"bench.{table}").worker(**json.loads(options))}
+    except IxyError as error:
+        return {"error": str(error)}
+
+
 def measure(args):
     from . import common, plots
 
+    common.require_machine()
     names = list(TABLES) if args.command == "all" else [args.command]
     drawn = [name for name in names if name in plots.FIGURES] if args.plot else []
     if args.plot and not drawn:

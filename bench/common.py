@@ -15,8 +15,9 @@ import numba
 import numpy as np
 
 from ixy_numba import __version__, kernel
-from ixy_numba.core.errors import IxyError
-from ixy_numba.core.mmio import cycles
+from ixy_numba.core.errors import IxyError, UsageError
+from ixy_numba.core.jit import INTERPRETED
+from ixy_numba.core.mmio import MACHINE, cycles
 
 from . import rivals
 
@@ -56,7 +57,10 @@ def in_worker(table, mode, environment=None, wrapper=(), **options):
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     if done.returncode:
         raise IxyError(f"the {table} benchmark's {mode} process ended with code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise IxyError(f"{table}, {mode} mode: {answer['error']}")
+    return answer["result"]
 
 
 def pin(which=-1):
@@ -65,6 +69,14 @@ def pin(which=-1):
 
 
 # ---- the machine
+
+
+def require_machine():
+    """UsageError where the benchmark cannot measure."""
+    if MACHINE != "x86_64":
+        raise UsageError(f"the benchmark times with x86-64's time stamp counter; this machine is {MACHINE}")
+    if INTERPRETED:
+        raise UsageError("the benchmark times compiled code; unset NUMBA_DISABLE_JIT")
 
 
 @kernel

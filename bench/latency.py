@@ -136,7 +136,6 @@ class Together:
             function(*args)
         except BaseException as error:
             self.error = error
-            raise
 
 
 def control_for(mpps, seconds, ghz):

@@ -91,8 +91,8 @@ def _throughput(rows):
 
 def _events(rows):
     rows = {row["variant"]: row for row in rows if row["batch_size"] == 32}
-    return markdown(["per packet, batch 32", *events.EVENTS],
-                    [[_name(name), *(f"{rows[name][event]:.1f}" for event in events.EVENTS)] for name in _ordered(rows)])
+    lines = [[_name(name), *(f"{rows[name][event]:.1f}" for event in events.EVENTS)] for name in _ordered(rows)]
+    return markdown(["per packet, batch 32", *events.EVENTS], lines)
 
 
 def _latency(rows):
