@@ -24,19 +24,22 @@ from numba.extending import NativeValue, models, overload, register_model, typeo
 from .core.errors import UsageError
 from .core.jit import CHECKED, fingerprint, kernel
 from .core.memory import new_record
-from .core.mmio import cycles, load_acquire, pause
+from .core.mmio import cycles, likely, load_acquire, pause
 from .core.packet import packet_type, view
-from .core.pool import BUFFER_SIZE, ONE, ZERO, U, bus_addr
+from .core.pool import ADDRESS_SHIFT, BUFFER_SIZE, ONE, ZERO, U, take, word_of
 
-EMPTY, BROKEN = U(0), U(0xFFFFFFFF)  # what rx_next says instead of a length
-# In every driver's transmit state, kept by forward_loop: since when (in cycles) the ring has been full, packets lost by it.
+EMPTY = U(0)  # what rx_next says instead of a length
+# In every driver's transmit state. Since when (in cycles) the ring has been full: noted by forward_loop, 0 again when the
+# driver takes sent buffers back. And the packets that were dropped since it did not move.
 TX_COUNTERS = [("stalled", "u8"), ("dropped", "u8")]
+STALL_LIMIT = U(1 << 33)  # cycles: some 2 to 4 seconds on x86-64
 
 
-def _dispatched(stub, choose):
+def _dispatched(stub, choose, returns=types.Type):
     """A function that calls the kernel which `choose(first argument, its class)` gives, on that slice of the arguments.
 
-    Works on values in plain Python, and on types while Numba compiles a caller.
+    Works on values in plain Python, and on types while Numba compiles a caller: that fails where the kernel's result is
+    of a type that is none of `returns`.
     """
 
     @functools.wraps(stub)
@@ -53,7 +56,8 @@ def _dispatched(stub, choose):
         def generic(self, args, kws):
             chosen, part = at_compile_time(args)
             template, _, inner, kws = chosen.get_call_template(args[part], kws)
-            return signature(template(self.context).apply(inner, kws).return_type, *args)
+            result = template(self.context).apply(inner, kws).return_type
+            return signature(result, *args) if isinstance(result, returns) else None
 
     infer_global(call, types.Function(Template))
 
@@ -108,7 +112,17 @@ def rx_start(rxq):
 
 @verb
 def rx_next(rxq, position):
-    """The length of the packet received at `position`; EMPTY if there is none yet, BROKEN if it makes no sense."""
+    """The length of the packet received at `position`; EMPTY if there is none yet, or one that is broken."""
+
+
+@verb
+def rx_broken(rxq, position):
+    """Whether something was received at `position` that makes no sense: no whole frame, or longer than its buffer."""
+
+
+@verb
+def rx_prefetch(rxq, position):
+    """Bring the first bytes of the packet at `position` into the cache, if there is one by now."""
 
 
 @verb
@@ -140,7 +154,7 @@ def tx_start(txq):
 def tx_post(txq, position, index, bus_addr, length):
     """Put a packet of `length` bytes, buffer `index` of the queue's pool, at `position`; returns the next position.
 
-    `bus_addr` is `pool.bus_addr(table, index)`: whoever calls has just loaded it.
+    `bus_addr` is where the device sees the buffer: whoever calls has just loaded it from the pool's table.
     """
 
 
@@ -152,7 +166,8 @@ def tx_finish(txq, position):
 # ---- handlers
 
 DROP = -1  # a verdict: the packet goes nowhere
-_FAILED, _UNDECIDED, _BROKEN = -2, -3, -4
+_FAILED, _UNDECIDED, _BROKEN, _FULL = -2, -3, -4, -5
+_WAITS = U(0xFFFFFFFF)  # no buffer's index
 MAX_PORTS = 16
 _handlers = {}
 
@@ -187,14 +202,16 @@ class Handler:
 
     def explain(self, state, error):
         """Why Numba refused the handler, as one line that names the handler's own line."""
-        kinds = (packet_type, numba.typeof(state))[: 2 if self.takes_state else 1]
         where = f"{self.function.__code__.co_filename}:{self.function.__code__.co_firstlineno}"
         try:
+            kinds = (packet_type, numba.typeof(state))[: 2 if self.takes_state else 1]
             self.kernel.compile(kinds)  # alone: the loop around it would only blur the message
             result = self.kernel.overloads[kinds].signature.return_type
             if isinstance(result, types.Integer):
                 return f"handler {self.__name__}: {error}"
             reason = f"returns {result}, expected a port's index or DROP on every path"
+        except ValueError:  # of typeof
+            reason = f"its state is a {type(state).__name__}; expected a NumPy array, a record or a NamedTuple of them"
         except NumbaError as refused:
             text = str(refused)
             lines = re.findall(rf'File "([^"]*{re.escape(os.path.basename(where.split(":")[0]))})", line (\d+)', text)
@@ -236,7 +253,7 @@ def _kernel_of(handler, _):
     return handler.kernel, slice(1, 3 if handler.takes_state else 2)
 
 
-_judge = _dispatched(_judge, _kernel_of)
+_judge = _dispatched(_judge, _kernel_of, returns=types.Integer)
 
 
 # ---- the loop
@@ -244,7 +261,7 @@ _judge = _dispatched(_judge, _kernel_of)
 CONTROL = np.dtype([
     ("stop", "u8"),  # set by anyone: the loop ends after the pass it is in
     ("batch_size", "u8"), ("budget", "u8"),  # most packets a pass; most packets to forward, all told
-    ("ports", "i8"), ("arrival", "u8"),  # how many ports there are; the one the current pass receives on
+    ("ports", "i8"),  # how many there are
     ("output", "i8", (MAX_PORTS,)), ("verdict", "i8", (MAX_PORTS,)),  # per arrival: last output, a verdict that waits
     ("forwarded", "u8"), ("dropped", "u8"), ("failed", "u8"), ("busy_cycles", "u8"), ("passes", "u8"),
     ("sample_length", "u8"), ("sample_port", "u8"), ("sample", "u1", (BUFFER_SIZE,)),  # the first packet that failed
@@ -279,7 +296,7 @@ def forward_loop(rxqs, txqs, lane):
     control = lane.control
     now = cycles()
     while load_acquire(control, "stop") == ZERO and control.forwarded < control.budget:
-        moved = _each_port(rxqs, txqs, lane, 0)
+        moved = forward_round(rxqs, txqs, lane, 0)
         before, now = now, cycles()
         control.passes += ONE
         if moved != ZERO:
@@ -288,114 +305,208 @@ def forward_loop(rxqs, txqs, lane):
             pause()
 
 
-def _each_port(rxqs, txqs, lane, port):
-    """One pass over the receive queues from `port` on; returns how many packets moved."""
+# The tuples hold queues of different types: what runs over them is unrolled when it is compiled.
+_UNROLLED = {"forceinline": True, "boundscheck": CHECKED}
+PREFETCH = U(8)  # how many packets ahead of the handler
+FEW_PORTS = 2  # up to so many, the pass is compiled into the loop for each of them
+
+
+def forward_round(rxqs, txqs, lane, port):
+    """One pass over each of `rxqs`, the first being that of `port`; returns how many packets moved."""
     return sum(forward_pass(rxq, txqs, lane, port + k) for k, rxq in enumerate(rxqs))
 
 
-@overload(_each_port, jit_options={"forceinline": True, "boundscheck": CHECKED})
-def _each_port_compiled(rxqs, txqs, lane, port):
+@overload(forward_round, jit_options=_UNROLLED)
+def _forward_round(rxqs, txqs, lane, port):
+    one_pass = _inlined_pass if len(txqs) <= FEW_PORTS else forward_pass
     if len(rxqs) == 1:
-        return lambda rxqs, txqs, lane, port: forward_pass(rxqs[0], txqs, lane, port)
-
-    def unrolled(rxqs, txqs, lane, port):
-        return forward_pass(rxqs[0], txqs, lane, port) + _each_port(rxqs[1:], txqs, lane, port + 1)
-
-    return unrolled
+        return lambda rxqs, txqs, lane, port: one_pass(rxqs[0], txqs, lane, port)
+    return lambda rxqs, txqs, lane, port: (
+        one_pass(rxqs[0], txqs, lane, port) + forward_round(rxqs[1:], txqs, lane, port + 1))
 
 
-@kernel
-def forward_pass(rxq, txqs, lane, arrival):
-    """Up to a batch of packets of one receive queue, each to the port that the handler says; returns how many."""
-    control, arrival = lane.control, U(arrival)
-    control.arrival = arrival
-    limit = min(control.batch_size, control.budget - control.forwarded)
-    taken = ZERO
-    while True:
-        taken += _to_output(txqs, rxq, lane, limit - taken, control.output[arrival])
-        verdict = control.verdict[arrival]
-        if taken >= limit or verdict == _UNDECIDED or verdict == control.output[arrival]:
-            return taken  # batch full, ring empty, or the output full: the packet waits
-        if 0 <= verdict < control.ports:
-            control.output[arrival] = verdict
-        else:
-            _note_failure(rxq, control, verdict)
-            control.verdict[arrival] = DROP
+def _pass(rxq, txqs, lane, arrival):
+    """Up to a batch of packets of one receive queue, each to the port that the handler says; returns how many.
 
-
-def _to_output(txqs, rxq, lane, limit, output):
-    """`_run` with the output's queue, which may be of another type than its neighbours."""
-    return _run(rxq, txqs[output], lane, limit)
-
-
-@overload(_to_output, jit_options={"forceinline": True, "boundscheck": CHECKED})
-def _to_output_compiled(txqs, rxq, lane, limit, output):
-    if len(txqs) == 1:
-        return lambda txqs, rxq, lane, limit, output: _run(rxq, txqs[0], lane, limit)
-
-    def unrolled(txqs, rxq, lane, limit, output):
-        if output == 0:
-            return _run(rxq, txqs[0], lane, limit)
-        return _to_output(txqs[1:], rxq, lane, limit, output - 1)
-
-    return unrolled
-
-
-@kernel
-def _run(rxq, txq, lane, limit):
-    """Packets of `rxq` in order, as long as they go to `txq` or nowhere; returns how many.
-
-    Stops at a packet with any other verdict, or when `txq` or the pool has no room: that verdict waits in
-    control.verdict, the packet itself at the head of its ring. A buffer that is sent is replaced from the pool, one that
-    is dropped stays.
+    Packets for the port that the last one went to, or for none, go the short way of `_run`. The first for another port
+    is dealt with alone, and `_run` goes on with that port.
     """
-    control, table, arrival = lane.control, rxq.pool.table, lane.control.arrival
-    output, verdict = control.output[arrival], control.verdict[arrival]
-    room = tx_space(txq)
-    if room == ZERO:
-        verdict = _stalled(txq, verdict)
-    else:
-        txq.state.stalled = ZERO
-    top = table.top
-    room = min(room, top)
-    i, tail = rx_start(rxq), tx_start(txq)
-    n, sent = ZERO, ZERO
-    while n < limit:
-        length = rx_next(rxq, i)
-        if length == EMPTY:
-            break
-        index = rx_buffer(rxq, i)
+    control, arrival = lane.control, U(arrival)
+    limit = min(control.batch_size, control.budget - control.forwarded)
+    taken, verdict = ZERO, control.verdict[arrival]
+    while taken < limit:
         if verdict == _UNDECIDED:
-            verdict = _decide(lane, view(rxq.pool.memory, index, length, arrival), length)
-        if verdict == output:
-            if sent == room:
+            n, verdict = _run_to(txqs, control.output[arrival], rxq, lane, limit - taken, arrival)
+            taken += n
+            if verdict == _UNDECIDED:
                 break
-            sent += ONE
-            tail = tx_post(txq, tail, index, bus_addr(table, index), length)
-            index = U(table.free[top - sent])
-        elif verdict != DROP:
+        if _settle(rxq, txqs, lane, arrival, verdict) == ZERO:
             break
-        i = rx_refill(rxq, i, index)
-        n += ONE
-        verdict = _UNDECIDED
-    control.verdict[arrival] = verdict
-    if sent != ZERO:
-        table.top = top - sent
-        tx_finish(txq, tail)  # before rx_finish: who sees the descriptors returned sees the packets sent
-    elif room == top:
-        table.empty += U(room == ZERO and verdict == output)
-    if n != ZERO:
-        rx_finish(rxq, i)
-    control.forwarded += sent
-    control.dropped += n - sent
-    return n
+        taken += ONE
+        verdict = np.int64(_UNDECIDED)
+    return taken
+
+
+forward_pass, _inlined_pass = kernel(_pass), kernel(_pass, inline=True)
+
+
+def _run_to(txqs, output, rxq, lane, limit, arrival):
+    """`_run` with the queue of `output`."""
+    return _run(rxq, txqs[output], lane, limit, arrival)
+
+
+@overload(_run_to, jit_options=_UNROLLED)
+def _run_to_compiled(txqs, output, rxq, lane, limit, arrival):
+    if len(txqs) == 1:
+        return lambda txqs, output, rxq, lane, limit, arrival: _run(rxq, txqs[0], lane, limit, arrival)
+
+    def unrolled(txqs, output, rxq, lane, limit, arrival):
+        if output == 0:
+            return _run(rxq, txqs[0], lane, limit, arrival)
+        return _run_to(txqs[1:], output - 1, rxq, lane, limit, arrival)
+
+    return unrolled
 
 
 @kernel(inline=True)
-def _decide(lane, packet, length):
-    """The handler's verdict; _FAILED when it raises, _BROKEN when the device's descriptor makes no sense."""
-    if length == BROKEN:
-        return np.int64(_BROKEN)
+def _run(rxq, txq, lane, limit, arrival):
+    """Packets of `rxq` in order, as long as they go to the last output, `txq`, or nowhere; returns how many.
+
+    The second result is the verdict that ended this, on the packet that is then at the head of the ring, or _FULL when
+    `txq` or the pool had no room at all. A buffer that is sent is replaced from the pool, one that is dropped stays.
+    """
+    control, table = lane.control, rxq.pool.table
+    output, verdict = control.output[arrival], np.int64(_UNDECIDED)
+    room = tx_space(txq)
+    top = table.top
+    room = min(room, top)
+    if room == ZERO:
+        return ZERO, np.int64(_FULL)
+    limit = min(limit, room)
+    i, tail, n = rx_start(rxq), tx_start(txq), ZERO
+    while n < limit:
+        length = rx_next(rxq, i)
+        if not likely(length != EMPTY):
+            if rx_broken(rxq, i):
+                verdict = np.int64(_BROKEN)
+            break
+        index = rx_buffer(rxq, i)
+        rx_prefetch(rxq, i + PREFETCH)
+        verdict = _decide(lane, view(rxq.pool.memory, index, length, arrival))
+        if verdict == output:
+            tail = tx_post(txq, tail, index, word_of(table, index) >> ADDRESS_SHIFT, length)
+            index = take(table, top)
+            top -= ONE
+        elif verdict != DROP:
+            break
+        verdict = np.int64(_UNDECIDED)
+        i = rx_refill(rxq, i, index)
+        n += ONE
+    if n != ZERO:
+        sent = table.top - top
+        if sent != ZERO:
+            table.top = top
+            tx_finish(txq, tail)  # before rx_finish: who sees the descriptors returned sees the packets sent
+        rx_finish(rxq, i)
+        control.forwarded += sent
+        control.dropped += n - sent
+    return n, verdict
+
+
+@kernel
+def _settle(rxq, txqs, lane, arrival, verdict):
+    """Deal with the one packet at the head of the ring; returns 1, or 0 while it waits: then its verdict is kept."""
+    control = lane.control
+    position = rx_start(rxq)
+    length, index = rx_next(rxq, position), rx_buffer(rxq, position)
+    if length == EMPTY:
+        if not rx_broken(rxq, position):
+            return ZERO
+        verdict = np.int64(_BROKEN)
+    elif verdict == _FULL:
+        verdict = _decide(lane, view(rxq.pool.memory, index, length, arrival))
+    instead = index
+    if 0 <= verdict < control.ports:
+        control.output[arrival] = control.verdict[arrival] = verdict
+        if rxq.pool.table.top == ZERO:
+            _reclaim(txqs)
+        instead = _send_to(txqs, verdict, index, length)
+        if instead == _WAITS:
+            return ZERO
+    elif verdict == _BROKEN:
+        rxq.state.errors += ONE
+    elif verdict != DROP:
+        _note_failure(control, view(rxq.pool.memory, index, length, arrival))
+    control.verdict[arrival] = _UNDECIDED
+    rx_finish(rxq, rx_refill(rxq, position, instead))
+    if instead != index:
+        control.forwarded += ONE
+    else:
+        control.dropped += ONE
+    return ONE
+
+
+def _reclaim(txqs):
+    """Take back what any of the queues has sent: of those that nothing goes to now, nobody else would."""
+    for txq in txqs:
+        tx_space(txq)
+
+
+@overload(_reclaim, jit_options=_UNROLLED)
+def _reclaim_compiled(txqs):
+    if len(txqs) == 1:
+        return lambda txqs: tx_space(txqs[0])
+    return lambda txqs: tx_space(txqs[0]) + _reclaim(txqs[1:])
+
+
+def _send_to(txqs, output, index, length):
+    """`_send` on the queue of `output`."""
+    return _send(txqs[output], index, length)
+
+
+@overload(_send_to, jit_options=_UNROLLED)
+def _send_to_compiled(txqs, output, index, length):
+    if len(txqs) == 1:
+        return lambda txqs, output, index, length: _send(txqs[0], index, length)
+
+    def unrolled(txqs, output, index, length):
+        if output == 0:
+            return _send(txqs[0], index, length)
+        return _send_to(txqs[1:], output - 1, index, length)
+
+    return unrolled
+
+
+@kernel
+def _send(txq, index, length):
+    """Send one packet; returns the buffer to receive into instead: the same one if it is dropped, _WAITS if it waits."""
+    table = txq.pool.table
+    if tx_space(txq) == ZERO:
+        return index if _stalled(txq) else _WAITS
+    if table.top == ZERO:
+        table.empty += ONE
+        return _WAITS
+    tx_finish(txq, tx_post(txq, tx_start(txq), index, word_of(table, index) >> ADDRESS_SHIFT, length))
+    instead = take(table, table.top)
+    table.top -= ONE
+    return instead
+
+
+@kernel
+def _stalled(txq):
+    """Whether a full ring has not moved for so long (its link is down) that its packets are better dropped."""
+    now = cycles()
+    if txq.state.stalled == ZERO:
+        txq.state.stalled = now
+    if now < txq.state.stalled or now - txq.state.stalled <= STALL_LIMIT:
+        return False
+    txq.state.dropped += ONE
+    return True
+
+
+@kernel(inline=True)
+def _decide(lane, packet):
+    """The handler's verdict; _FAILED when it raises or returns a negative number that is not DROP."""
     try:
         verdict = max(np.int64(_judge(lane.handler, packet, lane.state)), np.int64(_FAILED))
     except Exception:
@@ -404,30 +515,10 @@ def _decide(lane, packet, length):
 
 
 @kernel
-def _note_failure(rxq, control, verdict):
-    """Count the packet at the head of its ring, and keep the first that the handler failed on, to explain it later."""
-    if verdict == _BROKEN:
-        rxq.state.errors += ONE
-        return
-    position = rx_start(rxq)
-    index, length = rx_buffer(rxq, position), rx_next(rxq, position)
+def _note_failure(control, packet):
+    """Count a packet that the handler failed on, and keep the first, to explain it later."""
     if control.failed == ZERO:
-        control.sample_port, control.sample_length = control.arrival, length
-        for k in range(length):
-            control.sample[k] = rxq.pool.memory.buffer[index].octets[k]
+        control.sample_port, control.sample_length = packet.port, len(packet)
+        for k in range(len(packet)):
+            control.sample[k] = packet[k]
     control.failed += ONE
-
-
-STALL_LIMIT = U(1 << 33)  # cycles: some 2 to 4 seconds on x86-64
-
-
-@kernel
-def _stalled(txq, verdict):
-    """A full ring: packets wait, but not for ever on a port that sends nothing (its link is down)."""
-    now = cycles()
-    if txq.state.stalled == ZERO:
-        txq.state.stalled = now
-    if verdict != _UNDECIDED and now > txq.state.stalled and now - txq.state.stalled > STALL_LIMIT:
-        txq.state.dropped += ONE
-        return np.int64(DROP)
-    return verdict

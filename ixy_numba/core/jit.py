@@ -51,7 +51,7 @@ def kernel(function=None, *, inline=False):
     if INTERPRETED:
         return function
     compiled = numba.njit(nogil=True, boundscheck=CHECKED, forceinline=inline)(function)
-    cache = _cache_for(function)
+    cache = _cache_for(function, inline)
     if cache is not None:
         compiled._cache = cache
     return compiled
@@ -156,10 +156,10 @@ def _writable(path):
     return path
 
 
-def _cache_for(function):
+def _cache_for(function, inline):
     if not os.path.exists(function.__code__.co_filename) or cache_directory() is None:
         return None  # typed at a prompt: nothing on disk to key by
-    return _KernelCache(function)
+    return _KernelCache(function, inline)
 
 
 class _KernelCache(caching.NullCache):
@@ -169,8 +169,8 @@ class _KernelCache(caching.NullCache):
     cannot be read where one entry's types cannot be imported, as those of another application's handler.
     """
 
-    def __init__(self, function):
-        self._function = function
+    def __init__(self, function, inline):
+        self._function, self._inline = function, inline
 
     @property
     def cache_path(self):
@@ -178,7 +178,7 @@ class _KernelCache(caching.NullCache):
 
     def _path(self, signature, target_context):
         function = self._function
-        parts = [numba.__version__, sys.version, target_context.codegen().magic_tuple(), fingerprint(function),
+        parts = [numba.__version__, sys.version, target_context.codegen().magic_tuple(), fingerprint(function), self._inline,
                  os.path.abspath(function.__code__.co_filename), function.__code__.co_firstlineno,
                  [_describe(kind) for kind in sigutils.normalize_signature(signature)[0]]]
         name = re.sub(r"[^\w.]", "", f"{function.__module__}.{function.__qualname__}")[:100]

@@ -186,6 +186,17 @@ def prefetch(typingctx, where, key):
     return types.void(where, key), codegen
 
 
+@intrinsic
+def likely(typingctx, condition):
+    if not isinstance(condition, types.Boolean):
+        raise TypingError(f"expected a condition, got {condition}")
+
+    def codegen(context, builder, sig, args):
+        return _call(builder, ir.IntType(1), "llvm.expect.i1", args[0], ir.IntType(1)(1))
+
+    return types.boolean(condition), codegen
+
+
 DOCS = {
     "load_acquire": "The integer at `where`/`key`; no later access moves before it.",
     "store_release": "Store an integer at `where`/`key`; no earlier access moves behind it.",
@@ -195,6 +206,7 @@ DOCS = {
     "fence": "A full fence: no access moves across it.",
     "pause": "Tell the processor that this is a spin loop.",
     "cycles": "The cycle counter (uint64): the TSC on x86-64, the virtual counter on aarch64.",
+    "likely": "The condition, with the hint that it nearly always holds: what is rare moves out of the loop.",
     "prefetch": "Bring the cache line of `where`/`key` in; nothing else happens.",
 }
 ORDERED_ACCESS = list(DOCS)
@@ -222,6 +234,9 @@ if INTERPRETED:  # the twins: the interpreter itself reorders nothing that x86-6
 
     def prefetch(where, key):
         pass
+
+    def likely(condition):
+        return condition
 
 for _name in ORDERED_ACCESS:
     globals()[_name].__doc__ = DOCS[_name]

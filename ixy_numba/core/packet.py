@@ -324,7 +324,7 @@ def packet(pool, handle):
     freed; keep the handle, not the view.
     """
     length = handle >> LENGTH_SHIFT & LOW16
-    if CHECKED and (not owns(pool.table, handle) or length > U(BUFFER_SIZE)):
+    if CHECKED and (not owns(pool, handle) or length > U(BUFFER_SIZE)):
         raise IndexError("this handle is no packet of the application's: sent, freed, of another pool or forged")
     return view(pool.memory, handle & INDEX_MASK, length, 0)
 

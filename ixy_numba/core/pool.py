@@ -58,10 +58,11 @@ class Pool:
         self.memory = DmaMemory(count * BUFFER_STRIDE, needs)
         layout = np.dtype([("buffer", _BUFFER, (count,))])
         buffers, _ = self.memory.take(layout)
+        slots = 1 << (count - 1).bit_length()  # a power of two: an index under a mask needs no check
         table = new_record(np.dtype([
             ("top", "u8"),  # buffers free[0:top] are free
             ("bad_handles", "u8"), ("empty", "u8"),  # refused handles; batches that an empty pool ended early
-            ("word", "u8", (count,)), ("free", "u4", (count,))]))
+            ("word", "u8", (slots,)), ("free", "u4", (slots,))]))
         self.id = next(_ids) % 16
         table.word = self.id
         self.view = PoolView(table, buffers)
@@ -96,7 +97,7 @@ class Pool:
         end = np.arange(self.count) * BUFFER_STRIDE + BUFFER_SIZE - 1
         last = addresses[end // page] + end % page
         usable = np.flatnonzero(last - first == BUFFER_SIZE - 1)
-        table.word = first.astype(np.uint64) << ADDRESS_SHIFT | table.word & LOW16
+        table.word[: self.count] |= first.astype(np.uint64) << ADDRESS_SHIFT
         table.free[: len(usable)] = usable[::-1]
         table.top = len(usable)
         self.usable = len(usable)
@@ -130,26 +131,32 @@ class Pool:
 
 
 @kernel(inline=True)
-def owns(table, handle):
+def owns(pool, handle):
     """Whether `handle` is a packet of this pool that the application still holds. Checked mode only; fast says True."""
     if CHECKED:
         index = handle & INDEX_MASK
-        return index < U(len(table.word)) and table.word[index] & LOW16 == handle >> GENERATION_SHIFT
+        return index < U(len(pool.memory.buffer)) and word_of(pool.table, index) & LOW16 == handle >> GENERATION_SHIFT
     return True
 
 
 @kernel(inline=True)
-def bus_addr(table, index):
-    """Where the device sees buffer `index`."""
-    return table.word[index] >> ADDRESS_SHIFT
+def word_of(table, index):
+    """Address and generation of buffer `index`, one of the pool's own."""
+    return table.word[index & U(len(table.word) - 1)]
+
+
+@kernel(inline=True)
+def take(table, top):
+    """The free buffer under `top`, which is not 0. The caller lowers table.top when it is done."""
+    return U(table.free[(top - ONE) & U(len(table.free) - 1)])
 
 
 @kernel(inline=True)
 def leave(table, index):
     """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
-    word = table.word[index]
+    word = word_of(table, index)
     if CHECKED:
-        table.word[index] = (word & ~LOW16) | ((word + NEXT_GENERATION) & LOW16)
+        table.word[index & U(len(table.word) - 1)] = (word & ~LOW16) | ((word + NEXT_GENERATION) & LOW16)
     return word >> ADDRESS_SHIFT
 
 
@@ -164,8 +171,8 @@ def alloc_batch(pool, batch, limit):
     if n < min(U(limit), U(MAX_BATCH)):
         table.empty += ONE
     for k in range(n):
-        index = U(table.free[table.top - ONE - k])
-        batch.packet[k] = index | (table.word[index] << GENERATION_SHIFT)
+        index = take(table, table.top - k)
+        batch.packet[k] = index | word_of(table, index) << GENERATION_SHIFT
     table.top -= n
     return n
 
@@ -177,7 +184,7 @@ def free_batch(pool, batch, first, end):
     freed = ZERO
     for k in range(U(first), min(U(end), U(MAX_BATCH))):
         handle = batch.packet[k]
-        if not owns(table, handle):
+        if not owns(pool, handle):
             table.bad_handles += ONE
             continue
         index = handle & INDEX_MASK

@@ -6,7 +6,7 @@ import numpy as np
 
 from ... import datapath
 from ...core.jit import kernel
-from ...core.mmio import load_acquire, store_doorbell
+from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
 from ...core.pool import (
     ADDRESS_SHIFT,
     BUFFER_SIZE,
@@ -21,6 +21,8 @@ from ...core.pool import (
     U,
     leave,
     owns,
+    take,
+    word_of,
 )
 from .descriptors import DATA, DD, EOP, ERROR, LENGTH, ONE_BUFFER, PAYLEN_SHIFT, RS, SENT
 
@@ -61,7 +63,8 @@ def rx_batch(rxq, batch, limit):
     ring, state, table = rxq.ring, rxq.state, rxq.pool.table
     mask = U(len(ring.desc) - 1)
     i, top, n, seen = state.index & mask, table.top, ZERO, ZERO
-    while seen < min(U(limit), U(MAX_BATCH)):
+    limit = min(U(limit), U(MAX_BATCH))
+    while seen < limit:
         desc = ring.desc[i]
         done = load_acquire(desc, "done")  # status and length in one read
         if done & DD == ZERO:
@@ -73,11 +76,11 @@ def rx_batch(rxq, batch, limit):
         if sound(done):
             batch.packet[n] = state.held[i] | (done & LENGTH)
             n += ONE
+            index = take(table, top)
             top -= ONE
-            index = U(table.free[top])
         else:
             state.errors += ONE
-        word = table.word[index]
+        word = word_of(table, index)
         state.held[i] = index | word << GENERATION_SHIFT
         desc.addr = word >> ADDRESS_SHIFT
         desc.done = ZERO
@@ -91,9 +94,14 @@ def rx_batch(rxq, batch, limit):
 
 @kernel(inline=True)
 def sound(done):
-    """Whether a write-back is a whole frame that fits its buffer: end of packet, no MAC error, 1..2048 bytes."""
-    length = (done & LENGTH) >> LENGTH_SHIFT
-    return done & (EOP | ERROR) == EOP and length != ZERO and length <= U(BUFFER_SIZE)
+    """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
+    return done & (DD | EOP | ERROR) == DD | EOP and fits(done >> LENGTH_SHIFT & LOW16)
+
+
+@kernel(inline=True)
+def fits(length):
+    """1 to 2048 bytes, in one comparison."""
+    return (length + LOW16) & LOW16 < U(BUFFER_SIZE)
 
 
 @datapath.tx_batch.implement(TxQueue)
@@ -106,7 +114,7 @@ def tx_batch(txq, batch, first, end):
     while k < last and taken < space:
         handle = batch.packet[k]
         length = handle >> LENGTH_SHIFT & LOW16
-        if not owns(table, handle) or length == ZERO or length > U(BUFFER_SIZE):
+        if not owns(txq.pool, handle) or not fits(length):
             table.bad_handles += ONE
         else:
             index = handle & INDEX_MASK
@@ -131,11 +139,23 @@ def rx_start(rxq):
 @kernel(inline=True)
 def rx_next(rxq, i):
     done = load_acquire(rxq.ring.desc[i], "done")
-    if done & DD == ZERO:
-        return datapath.EMPTY
-    if not sound(done):
-        return datapath.BROKEN
-    return (done & LENGTH) >> LENGTH_SHIFT
+    if likely(sound(done)):
+        return done >> LENGTH_SHIFT & LOW16
+    return datapath.EMPTY
+
+
+@datapath.rx_broken.implement(RxQueue)
+@kernel(inline=True)
+def rx_broken(rxq, i):
+    done = load_acquire(rxq.ring.desc[i], "done")
+    return done & DD != ZERO and not sound(done)
+
+
+@datapath.rx_prefetch.implement(RxQueue)
+@kernel(inline=True)
+def rx_prefetch(rxq, i):
+    index = rxq.state.held[i & U(len(rxq.ring.desc) - 1)] & INDEX_MASK
+    prefetch(rxq.pool.memory.buffer[index], "octets")
 
 
 @datapath.rx_buffer.implement(RxQueue)
@@ -148,7 +168,7 @@ def rx_buffer(rxq, i):
 @kernel(inline=True)
 def rx_refill(rxq, i, index):
     desc = rxq.ring.desc[i]
-    word = rxq.pool.table.word[index]
+    word = word_of(rxq.pool.table, index)
     rxq.state.held[i] = index | word << GENERATION_SHIFT
     desc.addr = word >> ADDRESS_SHIFT
     desc.done = ZERO
@@ -164,20 +184,30 @@ def rx_finish(rxq, i):
 
 
 @datapath.tx_space.implement(TxQueue)
-@kernel
+@kernel(inline=True)
 def tx_space(txq):
+    state, mask = txq.state, U(len(txq.ring.desc) - 1)
+    tail, clean = state.tail & mask, state.clean & mask
+    if (tail + mask + ONE - clean) & mask >= BLOCK:
+        clean = reclaim(txq, clean)
+    return (clean + mask - tail) & mask
+
+
+@kernel
+def reclaim(txq, clean):
+    """Put the buffers of all blocks that the device has reported sent back into the pool; returns the new `clean`."""
     ring, state, table = txq.ring, txq.state, txq.pool.table
     mask = U(len(ring.desc) - 1)
-    tail, clean = state.tail & mask, state.clean & mask
-    while (tail + mask + ONE - clean) & mask >= BLOCK:
+    while (state.tail + mask + ONE - clean) & mask >= BLOCK:
         if load_acquire(ring.desc[clean + BLOCK - ONE], "command") & SENT == ZERO:
             break
         for k in range(BLOCK):
             table.free[table.top + k] = state.held[clean + k]
         table.top += BLOCK
+        state.stalled = ZERO
         clean = (clean + BLOCK) & mask
     state.clean = clean
-    return (clean + mask - tail) & mask
+    return clean
 
 
 @datapath.tx_start.implement(TxQueue)
