@@ -4,12 +4,17 @@ It finds its rings through its registers and memory through what was mapped for 
 buffer or a forgotten doorbell fails the test.
 """
 
+import time
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 
 from ixy_numba.bus import Bus
 from ixy_numba.core.memory import ANY
 from ixy_numba.core.pool import INDEX_MASK
 from ixy_numba.device import _attach
+from ixy_numba.drivers.ixgbe import setup
 
 DD, EOP, SENT = 1, 2, 1 << 32
 DATA_DESCRIPTOR = 0x23300000  # DEXT, IFCS, EOP, DTYP data
@@ -92,7 +97,8 @@ class TinyNic(Bus):
 def attach(pool, ring_size=64, queues=1, **more):
     """A device on a new TinyNic: (device, nic)."""
     nic = TinyNic(**more)
-    return _attach(nic, queues, ring_size, pool if isinstance(pool, list) else [pool]), nic
+    with mock.patch.object(setup, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic)):
+        return _attach(nic, queues, ring_size, pool if isinstance(pool, list) else [pool]), nic
 
 
 def account(pool, devices, held=()):
