@@ -26,11 +26,11 @@ from .core.jit import CHECKED, fingerprint, kernel
 from .core.memory import new_record
 from .core.mmio import cycles, likely, load_acquire, pause
 from .core.packet import packet_type, view
-from .core.pool import ADDRESS_SHIFT, BUFFER_SIZE, ONE, ZERO, U, take, word_of
+from .core.pool import ADDRESS_MASK, BUFFER_SIZE, ONE, ZERO, U, take, word_of
 
 EMPTY = U(0)  # what rx_next says instead of a length
-# In every driver's transmit state. Since when (in cycles) the ring has been full: noted by forward_loop, 0 again when the
-# driver takes sent buffers back. And the packets that were dropped since it did not move.
+# In every driver's transmit state: since when (in cycles) the ring has been full, noted by forward_loop, 0 again when
+# the driver takes sent buffers back; and the packets that were dropped because it did not move.
 TX_COUNTERS = [("stalled", "u8"), ("dropped", "u8")]
 STALL_LIMIT = U(1 << 33)  # cycles: some 2 to 4 seconds on x86-64
 
@@ -394,7 +394,7 @@ def _run(rxq, txq, lane, limit, arrival):
         rx_prefetch(rxq, i + PREFETCH)
         verdict = _decide(lane, view(rxq.pool.memory, index, length, arrival))
         if verdict == output:
-            tail = tx_post(txq, tail, index, word_of(table, index) >> ADDRESS_SHIFT, length)
+            tail = tx_post(txq, tail, index, word_of(table, index) & ADDRESS_MASK, length)
             index = take(table, top)
             top -= ONE
         elif verdict != DROP:
@@ -479,14 +479,14 @@ def _send_to_compiled(txqs, output, index, length):
 
 @kernel
 def _send(txq, index, length):
-    """Send one packet; returns the buffer to receive into instead: the same one if it is dropped, _WAITS if it waits."""
+    """Send one packet; returns the buffer to receive into instead: the same one if it is dropped, or _WAITS."""
     table = txq.pool.table
     if tx_space(txq) == ZERO:
         return index if _stalled(txq) else _WAITS
     if table.top == ZERO:
         table.empty += ONE
         return _WAITS
-    tx_finish(txq, tx_post(txq, tx_start(txq), index, word_of(table, index) >> ADDRESS_SHIFT, length))
+    tx_finish(txq, tx_post(txq, tx_start(txq), index, word_of(table, index) & ADDRESS_MASK, length))
     instead = take(table, table.top)
     table.top -= ONE
     return instead

@@ -130,8 +130,9 @@ def cache_directory():
     for source in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(source.relative_to(PACKAGE)).encode() + source.read_bytes())
     leaf = f"{MODE}-{'boundscheck-' if config.BOUNDSCHECK else ''}{digest.hexdigest()[:16]}"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for root in filter(os.path.isabs, (config.CACHE_DIR and os.path.abspath(config.CACHE_DIR), home)):
+    places = (config.CACHE_DIR and os.path.abspath(config.CACHE_DIR), os.environ.get("XDG_CACHE_HOME", ""),
+              os.path.expanduser("~/.cache"))
+    for root in filter(os.path.isabs, places):
         found = _writable(Path(root) / "ixy_numba" / leaf)
         if found:
             return found
@@ -178,8 +179,8 @@ class _KernelCache(caching.NullCache):
 
     def _path(self, signature, target_context):
         function = self._function
-        parts = [numba.__version__, sys.version, target_context.codegen().magic_tuple(), fingerprint(function), self._inline,
-                 os.path.abspath(function.__code__.co_filename), function.__code__.co_firstlineno,
+        parts = [numba.__version__, sys.version, target_context.codegen().magic_tuple(), fingerprint(function),
+                 self._inline, os.path.abspath(function.__code__.co_filename), function.__code__.co_firstlineno,
                  [_describe(kind) for kind in sigutils.normalize_signature(signature)[0]]]
         name = re.sub(r"[^\w.]", "", f"{function.__module__}.{function.__qualname__}")[:100]
         return cache_directory() / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.nbc"
@@ -212,6 +213,7 @@ class _KernelCache(caching.NullCache):
             _warn(f"cannot save compiled kernels in {cache_directory()}: {error.strerror}")
 
 
+@functools.cache  # once each: Numba resets what Python's own filter remembers
 def _warn(message):
     warnings.warn(f"ixy_numba: {message}", RuntimeWarning, stacklevel=3)
 

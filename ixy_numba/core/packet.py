@@ -34,7 +34,7 @@ from numba.extending import (
 
 from .jit import CHECKED, INTERPRETED
 from .mmio import _call
-from .pool import BUFFER_SIZE, INDEX_MASK, LENGTH_SHIFT, LOW16, U, kernel, owns
+from .pool import BUFFER_SIZE, INDEX_MASK, LENGTH_MASK, LENGTH_SHIFT, U, kernel, owns
 
 _OUTSIDE, _SLICE = "access outside the packet", "slice outside the packet"
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
@@ -323,7 +323,7 @@ def packet(pool, handle):
     IndexError for a handle that is not, or no longer, the application's. The view is good until the packet is sent or
     freed; keep the handle, not the view.
     """
-    length = handle >> LENGTH_SHIFT & LOW16
+    length = handle >> LENGTH_SHIFT & LENGTH_MASK
     if CHECKED and (not owns(pool, handle) or length > U(BUFFER_SIZE)):
         raise IndexError("this handle is no packet of the application's: sent, freed, of another pool or forged")
     return view(pool.memory, handle & INDEX_MASK, length, 0)
@@ -334,4 +334,4 @@ def resize(handle, length):
     """The handle with its length set to `length` bytes (uint64 in and out); fill the new bytes through `packet`."""
     if U(length) > U(BUFFER_SIZE):
         raise IndexError("a packet has at most 2048 bytes")
-    return (handle & ~(LOW16 << LENGTH_SHIFT)) | U(length) << LENGTH_SHIFT
+    return (handle & ~(LENGTH_MASK << LENGTH_SHIFT)) | U(length) << LENGTH_SHIFT

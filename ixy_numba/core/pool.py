@@ -4,9 +4,9 @@ A packet in an application's hands is one `uint64`, its handle:
 
     bits  0..31  the buffer's index in its pool
     bits 32..47  the frame's length in bytes
-    bits 48..63  the buffer's generation; its low 4 bits are the pool's id
+    bits 48..62  the buffer's generation; its low 4 bits are the pool's id
 
-The pool's table has one word a buffer, `device address << 16 | generation`, so that one load serves both the descriptor
+The pool's table has one word a buffer, `generation << 48 | device address`, so that one load serves both the descriptor
 and the check. The generation moves on when a buffer leaves the application (sent or freed): a handle kept from before,
 a handle freed twice, or one of another pool no longer matches, is counted in `bad_handles` and otherwise ignored.
 """
@@ -22,9 +22,8 @@ from .memory import ANY, DmaMemory, new_record
 
 U = np.uint64
 ZERO, ONE = U(0), U(1)
-LENGTH_SHIFT, GENERATION_SHIFT, ADDRESS_SHIFT = U(32), U(48), U(16)
-INDEX_MASK, LENGTH_MASK = U(0xFFFFFFFF), U(0xFFFF << 32)
-LOW16, NEXT_GENERATION = U(0xFFFF), U(16)
+INDEX_MASK, LENGTH_SHIFT, LENGTH_MASK = U(0xFFFFFFFF), U(32), U(0xFFFF)
+ADDRESS_MASK, GENERATION_MASK, NEXT_GENERATION = U((1 << 48) - 1), U(0x7FFF << 48), U(16 << 48)
 
 BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
 BUFFER_STRIDE = 2176  # no power of two: neighbouring packets do not fight for the same cache sets
@@ -64,7 +63,7 @@ class Pool:
             ("bad_handles", "u8"), ("empty", "u8"),  # refused handles; batches that an empty pool ended early
             ("word", "u8", (slots,)), ("free", "u4", (slots,))]))
         self.id = next(_ids) % 16
-        table.word = self.id
+        table.word = self.id << 48
         self.view = PoolView(table, buffers)
         self._addresses = None
 
@@ -97,7 +96,7 @@ class Pool:
         end = np.arange(self.count) * BUFFER_STRIDE + BUFFER_SIZE - 1
         last = addresses[end // page] + end % page
         usable = np.flatnonzero(last - first == BUFFER_SIZE - 1)
-        table.word[: self.count] |= first.astype(np.uint64) << ADDRESS_SHIFT
+        table.word[: self.count] |= first.astype(np.uint64)
         table.free[: len(usable)] = usable[::-1]
         table.top = len(usable)
         self.usable = len(usable)
@@ -135,7 +134,8 @@ def owns(pool, handle):
     """Whether `handle` is a packet of this pool that the application still holds. Checked mode only; fast says True."""
     if CHECKED:
         index = handle & INDEX_MASK
-        return index < U(len(pool.memory.buffer)) and word_of(pool.table, index) & LOW16 == handle >> GENERATION_SHIFT
+        differs = (word_of(pool.table, index) ^ handle) >> U(48)
+        return index < U(len(pool.memory.buffer)) and differs == ZERO
     return True
 
 
@@ -156,8 +156,8 @@ def leave(table, index):
     """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
     word = word_of(table, index)
     if CHECKED:
-        table.word[index & U(len(table.word) - 1)] = (word & ~LOW16) | ((word + NEXT_GENERATION) & LOW16)
-    return word >> ADDRESS_SHIFT
+        table.word[index & U(len(table.word) - 1)] = (word + NEXT_GENERATION) & (GENERATION_MASK | ADDRESS_MASK)
+    return word & ADDRESS_MASK
 
 
 @kernel
@@ -172,7 +172,7 @@ def alloc_batch(pool, batch, limit):
         table.empty += ONE
     for k in range(n):
         index = take(table, table.top - k)
-        batch.packet[k] = index | word_of(table, index) << GENERATION_SHIFT
+        batch.packet[k] = index | word_of(table, index) & GENERATION_MASK
     table.top -= n
     return n
 

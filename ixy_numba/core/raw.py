@@ -1,8 +1,8 @@
 """Memory by integer address, unchecked: for the model's side of DMA and for mapped files. No driver uses it.
 
 `load8 … load64(address)`, `store8 … store64(address, value)` (little-endian, any alignment), the ordered
-`load_acquire32/64`, `store_release32/64` (aligned), `copy(target, source, n)` (no overlap), `prefetch(address)` and `address_of(packet)`.
-Addresses and values are uint64. Whoever calls has checked that the bytes are there.
+`load_acquire32/64`, `store_release32/64` (aligned), `copy(target, source, n)` (no overlap), `prefetch(address)` and
+`address_of(packet)`. Addresses and values are uint64. Whoever calls has checked that the bytes are there.
 """
 
 import ctypes

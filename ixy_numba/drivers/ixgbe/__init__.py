@@ -4,7 +4,7 @@ import numpy as np
 
 from ...core.errors import DmaError, UsageError
 from ...core.memory import DmaMemory, new_record, record
-from ...core.pool import ADDRESS_SHIFT, GENERATION_SHIFT, INDEX_MASK
+from ...core.pool import ADDRESS_MASK, GENERATION_MASK, INDEX_MASK
 from ...core.registers import Registers
 from ...device import Device, Statistics
 from . import descriptors, kernels, setup
@@ -80,8 +80,8 @@ class Ixgbe(Device):
         pool, state = self.pools[k], new_record(kernels.rx_state(self.ring_size))
         buffers = pool.reserve(self.ring_size)
         words = pool.view.table.word[buffers]
-        state.held = buffers.astype(np.uint64) | words << GENERATION_SHIFT
-        ring.desc["addr"] = words >> ADDRESS_SHIFT
+        state.held = buffers.astype(np.uint64) | words & GENERATION_MASK
+        ring.desc["addr"] = words & ADDRESS_MASK
         return kernels.RxQueue(ring, state, self._registers_of(r.RX_QUEUE, k, kernels.RX_REGISTERS), pool.view)
 
     def _transmit_queue(self, k, ring):

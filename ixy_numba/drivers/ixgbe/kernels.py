@@ -8,12 +8,12 @@ from ... import datapath
 from ...core.jit import kernel
 from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
 from ...core.pool import (
-    ADDRESS_SHIFT,
+    ADDRESS_MASK,
     BUFFER_SIZE,
-    GENERATION_SHIFT,
+    GENERATION_MASK,
     INDEX_MASK,
+    LENGTH_MASK,
     LENGTH_SHIFT,
-    LOW16,
     MAX_BATCH,
     ONE,
     ZERO,
@@ -73,7 +73,7 @@ def rx_batch(rxq, batch, limit):
             table.empty += ONE
             break
         index = state.held[i] & INDEX_MASK  # if there is nothing to hand out: the same buffer again
-        if sound(done):
+        if likely(sound(done)):
             batch.packet[n] = state.held[i] | (done & LENGTH)
             n += ONE
             index = take(table, top)
@@ -81,8 +81,8 @@ def rx_batch(rxq, batch, limit):
         else:
             state.errors += ONE
         word = word_of(table, index)
-        state.held[i] = index | word << GENERATION_SHIFT
-        desc.addr = word >> ADDRESS_SHIFT
+        state.held[i] = index | word & GENERATION_MASK
+        desc.addr = word & ADDRESS_MASK
         desc.done = ZERO
         i = (i + ONE) & mask
         seen += ONE
@@ -95,33 +95,32 @@ def rx_batch(rxq, batch, limit):
 @kernel(inline=True)
 def sound(done):
     """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
-    return done & (DD | EOP | ERROR) == DD | EOP and fits(done >> LENGTH_SHIFT & LOW16)
+    return done & (DD | EOP | ERROR) == DD | EOP and fits(done >> LENGTH_SHIFT & LENGTH_MASK)
 
 
 @kernel(inline=True)
 def fits(length):
     """1 to 2048 bytes, in one comparison."""
-    return (length + LOW16) & LOW16 < U(BUFFER_SIZE)
+    return (length + LENGTH_MASK) & LENGTH_MASK < U(BUFFER_SIZE)
 
 
 @datapath.tx_batch.implement(TxQueue)
 @kernel
 def tx_batch(txq, batch, first, end):
     table = txq.pool.table
-    space = tx_space(txq)
-    tail = tx_start(txq)
-    k, last, taken = U(first), min(U(end), U(MAX_BATCH)), ZERO
-    while k < last and taken < space:
+    k, end, tail = U(first), min(U(end), U(MAX_BATCH)), tx_start(txq)
+    last = min(end, k + tx_space(txq))
+    while k < last:
         handle = batch.packet[k]
-        length = handle >> LENGTH_SHIFT & LOW16
-        if not owns(txq.pool, handle) or not fits(length):
-            table.bad_handles += ONE
-        else:
+        length = handle >> LENGTH_SHIFT & LENGTH_MASK
+        if likely(owns(txq.pool, handle) and fits(length)):
             index = handle & INDEX_MASK
             tail = tx_post(txq, tail, index, leave(table, index), length)
-            taken += ONE
+        else:
+            table.bad_handles += ONE
+            last = min(end, last + ONE)  # it took no descriptor
         k += ONE
-    if taken != ZERO:
+    if tail != txq.state.tail:
         tx_finish(txq, tail)
     return k
 
@@ -140,7 +139,7 @@ def rx_start(rxq):
 def rx_next(rxq, i):
     done = load_acquire(rxq.ring.desc[i], "done")
     if likely(sound(done)):
-        return done >> LENGTH_SHIFT & LOW16
+        return done >> LENGTH_SHIFT & LENGTH_MASK
     return datapath.EMPTY
 
 
@@ -169,8 +168,8 @@ def rx_buffer(rxq, i):
 def rx_refill(rxq, i, index):
     desc = rxq.ring.desc[i]
     word = word_of(rxq.pool.table, index)
-    rxq.state.held[i] = index | word << GENERATION_SHIFT
-    desc.addr = word >> ADDRESS_SHIFT
+    rxq.state.held[i] = index | word & GENERATION_MASK
+    desc.addr = word & ADDRESS_MASK
     desc.done = ZERO
     return (i + ONE) & U(len(rxq.ring.desc) - 1)
 
