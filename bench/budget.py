@@ -26,6 +26,8 @@ def count():
 
 def run(update):
     """Print the counts beside the budget; IxyError where one is exceeded. `update` makes them the budget."""
+    if not (update or FILE.exists()):
+        raise IxyError(f"{FILE.name} is missing; make it: python -m bench budget --update")
     counted = count()
     if update:
         FILE.write_text(json.dumps({"numba": numba.__version__, "instructions": counted}, indent=1) + "\n")

@@ -34,7 +34,7 @@ DISCARD_EVERY = U(16)  # every 16th flow goes to UDP port 9
 
 PORT = np.dtype([  # the first six as `struct port` in c/nic.h has them: addresses, and whether descriptors are legacy
     ("rx_ring", "u8"), ("rx_tail", "u8"), ("tx_ring", "u8"), ("tx_tail", "u8"), ("head", "u8"), ("legacy", "u8"),
-    ("rx_head", "u8"), ("tx_head", "u8"),
+    ("rx_head", "u8"), ("rx_end", "u8"), ("tx_head", "u8"),  # rx_end: the receive tail when it was last looked at
     ("received", "u8"), ("sent", "u8"), ("discards", "u8"),  # from the driver's point of view; of those for port 9
     ("wrong", "u8"), ("last", "u8"),  # packets sent that are not what was received; the last sequence number seen
 ])
@@ -124,9 +124,12 @@ def clock():
 def fill(nic, k, n):
     """Receive `n` packets on port `k`, or as many as there are descriptors for."""
     port, frame = nic.port[k], nic.frame
-    head, tail = port.rx_head, U(load_acquire32(port.rx_tail)) & MASK
-    first, filled = head, ZERO
-    while filled < n and head != tail:
+    head, first, filled = port.rx_head, port.rx_head, ZERO
+    while filled < n:
+        if head == port.rx_end:
+            port.rx_end = U(load_acquire32(port.rx_tail)) & MASK
+            if head == port.rx_end:
+                break
         desc = port.rx_ring + head * DESCRIPTOR
         address, sequence = load64(desc), port.received
         flow = sequence % U(FLOWS)
