@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import re
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
@@ -65,6 +66,9 @@ class Device(ABC):
             undo.callback(self._stop)
             self._set_up()
             bus.start()
+            if not self.wait_for_link():
+                warnings.warn(f"{self.name}: the link is down; it is used all the same, packets wait for it",
+                              RuntimeWarning, stacklevel=4)
             undo.pop_all()
 
     @property

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from ixy_numba import IxyError, MAX_BATCH, free_batch, kernel, open_devices, rx_batch, tx_batch
+from ixy_numba import MAX_BATCH, IxyError, free_batch, kernel, open_devices, rx_batch, tx_batch
 from ixy_numba.core.clock import Clock, now_ns
 from ixy_numba.core.memory import new_record
 from ixy_numba.core.mmio import load_acquire, pause

@@ -1,4 +1,4 @@
-"""Let only UDP to one port through and count bytes per source: `python udp_filter.py 53 sim:in=a.pcap sim:out=b.pcap`."""
+"""Pass UDP to one port only, count bytes per source: `python udp_filter.py 53 sim:in=a.pcap sim:out=b.pcap`."""
 
 import ipaddress
 import sys

@@ -60,6 +60,7 @@ class TxQueue(NamedTuple):
 @datapath.rx_batch.implement(RxQueue)
 @kernel
 def rx_batch(rxq, batch, limit):
+    """See `datapath.rx_batch`. Each packet taken is replaced in its descriptor by a buffer from the pool."""
     ring, state, table = rxq.ring, rxq.state, rxq.pool.table
     mask = U(len(ring.desc) - 1)
     i, top, n, seen = state.index & mask, table.top, ZERO, ZERO
@@ -107,6 +108,7 @@ def fits(length):
 @datapath.tx_batch.implement(TxQueue)
 @kernel
 def tx_batch(txq, batch, first, end):
+    """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
     table = txq.pool.table
     k, end, tail = U(first), min(U(end), U(MAX_BATCH)), tx_start(txq)
     last = min(end, k + tx_space(txq))

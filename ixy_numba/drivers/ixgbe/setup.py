@@ -36,6 +36,7 @@ def wait_for_dma(regs):
 
 def init_link(regs):
     """4.6.4: restart auto-negotiation in the mode that the EEPROM chose."""
+    # DEVIATION(link-once): no other mode is tried if the link stays down.
     regs.set(r.AUTOC, r.AUTOC.RESTART_AN)
 
 
@@ -68,6 +69,7 @@ def init_receive(regs, queues):
     regs.set(r.CTRL_EXT, r.CTRL_EXT.NS_DIS)  # 4.6.7: no snoop must be off
     for k in range(len(queues)):
         regs.clear(r.DCA_RXCTRL[k], 1 << 12)  # 8.2.3.11.1: bit 12 must be 0
+    # DEVIATION(flow-control-off): 4.6.5's registers keep their reset values, pause frames are neither sent nor obeyed.
     regs.set(r.RXCTRL, r.RXCTRL.RXEN)
 
 

@@ -1,0 +1,195 @@
+"""Two 82599s that send from each other's receive rings: the queues, the kernels and how the devices are set up.
+
+A legacy receive descriptor keeps its buffer's address when it is written back (7.1.5), and a legacy transmit descriptor
+has it in the same place (7.2.3.2.2). So one ring serves both: its addresses are written once, and a packet's whole way
+is one word that goes from "received" to "send this". Where the sender is comes by head write-back (7.2.3.5.2), which
+leaves the descriptors alone.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ... import datapath, in_place
+from ...core.errors import DmaError
+from ...core.jit import kernel
+from ...core.memory import DmaMemory, new_record
+from ...core.mmio import likely, load_acquire, prefetch, store_doorbell, store_release
+from ...core.packet import _view
+from ...core.pool import BUFFER_STRIDE, LOW16, ONE, ZERO, U
+from . import Ixgbe, setup
+from . import regs as r
+from .descriptors import LEGACY, LEGACY_DD, LEGACY_EOP, LEGACY_ERROR, ONE_BUFFER, RS
+from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS, fits
+
+STATE = np.dtype([("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
+_BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
+
+
+def line(size):
+    """What two devices share in one direction: descriptors, the sender's head, and descriptor k's buffer k."""
+    return np.dtype({"names": ["desc", "head", "buffer"],
+                     "formats": [(LEGACY, (size,)), "u4", (_BUFFER, (size,))],
+                     "offsets": [0, 16 * size, 16 * size + 64]})  # the head on a cache line of its own
+
+
+class RxQueue(NamedTuple):
+    line: np.record
+    state: np.record
+    regs: np.record
+
+
+class TxQueue(NamedTuple):
+    regs: np.record
+
+
+@datapath.rx_start.implement(RxQueue)
+@kernel(inline=True)
+def rx_start(rxq):
+    return rxq.state.index & U(len(rxq.line.desc) - 1)
+
+
+@datapath.rx_next.implement(RxQueue)
+@kernel(inline=True)
+def rx_next(rxq, i):
+    word = load_acquire(rxq.line.desc[i], "word")
+    if likely(sound(word)):
+        return word & LOW16
+    return datapath.EMPTY
+
+
+@kernel(inline=True)
+def sound(word):
+    """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
+    return word & (LEGACY_DD | LEGACY_EOP | LEGACY_ERROR) == LEGACY_DD | LEGACY_EOP and fits(word & LOW16)
+
+
+@datapath.rx_broken.implement(RxQueue)
+@kernel(inline=True)
+def rx_broken(rxq, i):
+    word = load_acquire(rxq.line.desc[i], "word")
+    return word & LEGACY_DD != ZERO and not sound(word)
+
+
+@datapath.rx_prefetch.implement(RxQueue)
+@kernel(inline=True)
+def rx_prefetch(rxq, i):
+    prefetch(rxq.line.buffer[i & U(len(rxq.line.desc) - 1)], "octets")
+
+
+@in_place.rx_view.implement(RxQueue)
+@kernel(inline=True)
+def rx_view(rxq, i, length, arrival):
+    return _view(rxq.line.buffer[i], length, arrival)
+
+
+@in_place.resend.implement(RxQueue)
+@kernel(inline=True)
+def resend(rxq, i, length):
+    # A descriptor without data is a null descriptor (7.2.3.2.2): between packets, with EOP, it transfers nothing.
+    report = RS if (i + ONE) & (BLOCK - ONE) == ZERO else ZERO
+    rxq.line.desc[i].word = length | ONE_BUFFER | report  # DD is clear again
+    return (i + ONE) & U(len(rxq.line.desc) - 1)
+
+
+@in_place.hand_over.implement(RxQueue)
+@kernel(inline=True)
+def hand_over(rxq, txq, i):
+    store_doorbell(txq.regs, "TDT", i)
+    store_release(rxq.state, "index", i)  # after the doorbell: see InPlaceIxgbe.finished
+
+
+@in_place.recycle.implement(RxQueue)
+@kernel(inline=True)
+def recycle(rxq, txq):
+    mask = U(len(rxq.line.desc) - 1)
+    head = load_acquire(rxq.line, "head") & mask
+    if head != rxq.state.recycled:
+        rxq.state.recycled = head
+        store_doorbell(rxq.regs, "RDT", (head + mask) & mask)  # one short of it: tail == head would mean "no descriptors"
+
+
+class Lines:
+    """The memory of one queue of both devices, one line each way. Stands where other devices have a pool."""
+
+    def __init__(self, ring_size, needs):
+        layout = line(ring_size)
+        self._memories = [DmaMemory(layout.itemsize, needs) for _ in range(2)]
+        self.records = [memory.take(layout, align=128)[0] for memory in self._memories]
+        self.addresses, self._buses = None, []
+
+    def port(self, bus):
+        """0 for the device that was opened first, 1 for the other."""
+        return self._buses.index(bus)
+
+    def map(self, bus):
+        addresses = [_contiguous(bus, memory) for memory in self._memories]
+        self._buses.append(bus)
+        if self.addresses is None:
+            self.addresses = addresses
+            for record, address in zip(self.records, addresses, strict=True):
+                size, start = len(record.desc), address + record.dtype.fields["buffer"][1]
+                record.desc["addr"] = start + np.arange(size) * BUFFER_STRIDE
+        elif self.addresses != addresses:
+            self.unmap(bus)
+            raise DmaError(f"{bus.name} and {self._buses[0].name} see memory at different addresses; they cannot "
+                           "forward in place")
+
+    def unmap(self, bus):
+        for memory in self._memories:
+            bus.unmap_dma(memory)
+        self._buses.remove(bus)
+        if not self._buses:
+            for memory in self._memories:
+                memory.close()
+
+    def restore(self, buffers):
+        """Buffers never leave their descriptors."""
+
+
+def _contiguous(bus, memory):
+    """Where the device behind `bus` sees `memory`. DmaError if that is not one piece."""
+    pages = bus.map_dma(memory).astype(np.int64)
+    if (np.diff(pages) != memory.page_size).any():
+        bus.unmap_dma(memory)
+        raise DmaError(f"{bus.name}: {memory.size} bytes for a ring and its buffers are not contiguous for the device; "
+                       "choose a smaller ring size")
+    return int(pages[0])
+
+
+class InPlaceIxgbe(Ixgbe):
+    """One of two ports that forward in place. `pools` are the `Lines` that both were opened with."""
+
+    RX_DESCRIPTORS = r.SRRCTL.LEGACY
+
+    @classmethod
+    def new_pools(cls, queues, ring_size, devices, bus):
+        return [Lines(ring_size, bus.memory_needs) for _ in range(queues)]
+
+    def _take_rings(self):
+        here = self.pools[0].port(self.bus)
+        self._lines = [pool.records[here] for pool in self.pools]
+        receive, send = ([(pool.records[port], pool.addresses[port]) for pool in self.pools] for port in (here, 1 - here))
+        return receive, send
+
+    def _receive_queue(self, k, ring):
+        return RxQueue(ring, new_record(STATE), self._registers_of(r.RX_QUEUE, k, RX_REGISTERS))
+
+    def _transmit_queue(self, k, ring):
+        lines = self.pools[k]
+        head = lines.addresses[1 - lines.port(self.bus)] + ring.dtype.fields["head"][1]
+        setup.enable_head_write_back(self.regs, k, head)
+        return TxQueue(self._registers_of(r.TX_QUEUE, k, TX_REGISTERS))
+
+    def _release(self):
+        return [()] * self.queues
+
+    def _kernel_counters(self):
+        return sum(int(rxq.state.errors) for rxq in self.rx), 0
+
+    @property
+    def finished(self):
+        """Some descriptors that are sent are not given back: what counts is that all that was received is sent."""
+        read = self.regs.read
+        return self.bus.ended and all(
+            int(rxq.state.index) == read(r.RDH[k]) and read(r.TDH[k]) == read(r.TDT[k]) for k, rxq in enumerate(self.rx))
