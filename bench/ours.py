@@ -1,4 +1,4 @@
-"""Our own driver as a contestant: the fused pass with a handler, and a loop over the batch verbs as users write it."""
+"""Our own driver as a contestant: the fused pass with a handler, the same in place, and a loop over the batch verbs."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,12 @@ from ixy_numba.core.jit import CHECKED
 from ixy_numba.core.pool import INDEX_MASK
 from ixy_numba.datapath import Lane, forward_round, new_control
 from ixy_numba.fwd import touch_and_forward
+from ixy_numba.in_place import in_place_round
 
 from .nic import PORT, RING, address, phase
 
 device.SCHEMES["bench"] = "bench.bus"
-FORMS = ("fused", "batch")
+FORMS = ("fused", "batch", "in_place")
 
 
 @handler
@@ -47,6 +48,12 @@ class Fused(NamedTuple):
     lane: Lane
 
 
+class InPlace(NamedTuple):
+    rxqs: tuple
+    txqs: tuple
+    lane: Lane
+
+
 class Verbs(NamedTuple):
     rxqs: tuple
     txqs: tuple
@@ -59,6 +66,14 @@ def _fused(driver, batch, passes):
     driver.lane.control.batch_size = batch
     for _ in range(passes):
         forward_round(driver.rxqs, driver.txqs, driver.lane, 0)
+
+
+@phase.implement(InPlace)
+@kernel
+def _in_place(driver, batch, passes):
+    driver.lane.control.batch_size = batch
+    for _ in range(passes):
+        in_place_round(driver.rxqs, driver.txqs, driver.lane)
 
 
 @kernel
@@ -79,26 +94,41 @@ def _verbs(driver, batch, passes):
 
 
 class Ours:
-    """Two open devices and what the harness needs to know about them; `form` is "fused" or "batch"."""
+    """Two open devices and what the harness needs to know about them; `form` is one of FORMS."""
 
     def __init__(self, form, handler="touch", spec="bench"):
         self.name, self.handler = form if CHECKED else f"{form}_fast", handler
-        self.devices = device.open_devices([spec, spec], ring_size=RING)
+        self.devices = device.open_devices([spec, spec], ring_size=RING, in_place=form == "in_place")
         rxqs, txqs = (tuple(d.rx[0] for d in self.devices), tuple(d.tx[0] for d in self.devices))
-        if form == "fused":
-            self.driver = Fused(rxqs, txqs, Lane(HANDLERS[handler], None, new_control(2, 32)))
-        else:
+        if form == "batch":
             self.driver = Verbs(rxqs, txqs, self.devices[0].pools[0].batch())
+        else:
+            kind = Fused if form == "fused" else InPlace
+            self.driver = kind(rxqs, txqs, Lane(HANDLERS[handler], None, new_control(2, 32)))
         self.ports = np.zeros(2, PORT)
-        for port, rxq, txq in zip(self.ports, rxqs, txqs, strict=True):
-            port["rx_ring"], port["rx_tail"] = address(rxq.ring), address(rxq.regs, "RDT")
-            port["tx_ring"], port["tx_tail"] = address(txq.ring), address(txq.regs, "TDT")
-        states = [queue.state for queue in rxqs + txqs] + [self.devices[0].pool.table]
+        for k, (port, rxq, txq) in enumerate(zip(self.ports, rxqs, txqs, strict=True)):
+            port["rx_tail"], port["tx_tail"] = address(rxq.regs, "RDT"), address(txq.regs, "TDT")
+            if form == "in_place":
+                here, there = rxq.line, rxqs[1 - k].line
+                port["rx_ring"], port["tx_ring"] = address(here), address(there)
+                port["head"], port["legacy"] = address(there, "head"), 1
+            else:
+                port["rx_ring"], port["tx_ring"] = address(rxq.ring), address(txq.ring)
+        if form == "in_place":
+            states, self.buffers = [rxq.state for rxq in rxqs], 2 * RING
+        else:
+            states = [queue.state for queue in rxqs + txqs] + [self.devices[0].pool.table]
+            self.buffers = self.devices[0].pools[0].usable
         self.private = [(address(state), state.dtype.itemsize, 64) for state in states]
-        self.buffers = self.devices[0].pools[0].usable
 
     def audit(self):
-        """How many buffers are accounted for exactly once: free, waiting for a packet, or being sent."""
+        """How many buffers are accounted for exactly once: free, waiting for a packet, or being sent.
+
+        In place: those whose address is still in their own descriptor; that is all of them, always.
+        """
+        if isinstance(self.driver, InPlace):
+            return sum(int((rxq.line.desc["addr"] == [address(buffer) for buffer in rxq.line.buffer]).sum())
+                       for rxq in self.driver.rxqs)
         table = self.devices[0].pool.table
         found = [table.free[: int(table.top)]]
         for rxq, txq in zip(self.driver.rxqs, self.driver.txqs, strict=True):

@@ -84,14 +84,15 @@ def main(run, argv=None):
 
 
 def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, batch_size=32, packets=None,
-            duration_s=None, as_json=False):
+            duration_s=None, in_place=False, as_json=False):
     """Run `handler` between the devices named by `specs` until `stop` is set or the run ends; returns the exit code."""
     with contextlib.ExitStack() as stack:
-        devices = open_devices(specs, queues=queues, ring_size=ring_size)
+        devices = open_devices(specs, queues=queues, ring_size=ring_size, in_place=in_place)
         for device in devices:
             stack.callback(device.close)
         report = Report(app, devices, as_json, stop, duration_s)
-        with Forwarder(devices, handler, state=state, batch_size=batch_size, packets=packets) as forwarder:
+        with Forwarder(devices, handler, state=state, batch_size=batch_size, packets=packets,
+                       in_place=in_place) as forwarder:
             report.watch(lambda: forwarder.ready, lambda: forwarder.finished, forwarder.check)
         forwarded, failed = forwarder.count("forwarded"), forwarder.count("failed")
         if failed:
@@ -100,7 +101,7 @@ def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, b
         mpps = rate(forwarded, report.seconds)
         cycles = forwarder.count("busy_cycles") / forwarded if forwarded else 0.0
         report.finish(f"forwarded {forwarded} packets in {report.seconds:.3f} s: {mpps:.3f} Mpps, {cycles:.1f} cycles "
-                      "a packet", batch_size=batch_size, forwarded_packets=forwarded, mpps=mpps,
+                      "a packet", batch_size=batch_size, in_place=in_place, forwarded_packets=forwarded, mpps=mpps,
                       cycles_per_packet=cycles, handler_dropped=forwarder.count("dropped"), handler_failed=failed)
     return EXIT_OK
 

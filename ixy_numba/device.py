@@ -45,6 +45,7 @@ class Device(ABC):
     """
 
     driver = "?"
+    in_place = False  # whether it sends from another device's receive rings: such a device has no pool
     MAX_QUEUES, RING_SIZES = 1, ()
 
     def __init__(self, bus, queues, ring_size, pools, promiscuous, trace):
@@ -55,7 +56,7 @@ class Device(ABC):
         if ring_size not in self.RING_SIZES:
             raise UsageError(f"{self.name}: ring size {ring_size}: expected a power of two from "
                              f"{self.RING_SIZES[0]} to {self.RING_SIZES[-1]}")
-        self.pools = pools or transient_pools(queues, ring_size, 1, bus)
+        self.pools = pools or self.new_pools(queues, ring_size, 1, bus)
         if len(self.pools) != queues:
             raise UsageError(f"{self.name}: {len(self.pools)} pools for {queues} queues: expected one each")
         self._total, self._closed = Statistics(), False
@@ -71,6 +72,11 @@ class Device(ABC):
                               RuntimeWarning, stacklevel=4)
             undo.pop_all()
 
+    @classmethod
+    def new_pools(cls, queues, ring_size, devices, bus):
+        """What `devices` devices share, one a queue."""
+        return transient_pools(queues, ring_size, devices, bus)
+
     @property
     def pool(self):
         """What `alloc_batch`, `free_batch` and `packet` take: the pool of queue 0."""
@@ -80,9 +86,12 @@ class Device(ABC):
         """Statistics since the device was opened, accumulated from the hardware's counters."""
         self._check_open()
         self._total = self._total + self._read_counters()
-        errors = sum(int(rxq.state.errors) for rxq in self.rx)
-        dropped = sum(int(txq.state.dropped) for txq in self.tx)
+        errors, dropped = self._kernel_counters()
         return self._total + Statistics(rx_errors=errors, tx_dropped=dropped)
+
+    def _kernel_counters(self):
+        """What kernels counted since the device was opened: (misshapen frames, packets dropped instead of sent)."""
+        return sum(int(rxq.state.errors) for rxq in self.rx), sum(int(txq.state.dropped) for txq in self.tx)
 
     def set_promiscuous(self, on):
         """Accept frames for any address (the default), or only the device's own and broadcast."""
@@ -181,24 +190,32 @@ def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, 
         raise
 
 
-def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None):
+def _driver(bus, in_place=False):
     from .drivers import find  # the drivers import this module
 
-    return find(bus)(bus, queues, ring_size, pools, promiscuous, trace)
+    return find(bus, in_place)
 
 
-def open_devices(specs, *, queues=1, ring_size=512, **more):
+def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None):
+    return _driver(bus)(bus, queues, ring_size, pools, promiscuous, trace)
+
+
+def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, trace=None):
     """Open several devices that share one pool a queue, so that packets can go from each to any; see `open_device`.
 
+    With `in_place`, two devices that share their rings instead, for `Forwarder(…, in_place=True)` only.
     On an error those already open are closed again.
     """
+    if in_place and len(specs) != 2:
+        raise UsageError(f"{len(specs)} device(s): expected two, to forward in place")
     opened, pools = [], None
     try:
         for spec in specs:
             bus = open_bus(spec)
             try:
-                pools = pools or transient_pools(queues, ring_size, len(specs), bus)
-                opened.append(_attach(bus, queues, ring_size, pools, **more))
+                driver = _driver(bus, in_place)
+                pools = pools or driver.new_pools(queues, ring_size, len(specs), bus)
+                opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))
             except BaseException:
                 bus.close()
                 raise

@@ -9,7 +9,8 @@ from numba.core.errors import NumbaError
 
 from .core.errors import IxyError, UsageError
 from .core.packet import Packet
-from .datapath import MAX_PORTS, Handler, Lane, forward_loop, new_control
+from .datapath import DROP, MAX_PORTS, Handler, Lane, forward_loop, new_control
+from .in_place import in_place_loop
 
 
 class Forwarder:
@@ -17,10 +18,12 @@ class Forwarder:
 
     Port k is devices[k]. With several queues each has a thread of its own and a deep copy of `state`: see `states`.
     `packets` ends the run once that many are forwarded (exactly with one queue, at least with more).
+    `in_place`, for two devices opened with `open_devices(…, in_place=True)`: packets are sent from where they were
+    received, which is fastest, but can only go to the other port or nowhere; any other verdict is a failure.
     Raises UsageError if the devices do not share their pools (`open_devices` sees to that).
     """
 
-    def __init__(self, devices, handler, *, state=None, batch_size=32, packets=None):
+    def __init__(self, devices, handler, *, state=None, batch_size=32, packets=None, in_place=False):
         if not isinstance(handler, Handler):
             raise UsageError(f"{handler!r}: expected a function under the @handler decorator")
         if not 1 <= len(devices) <= MAX_PORTS:
@@ -36,7 +39,10 @@ class Forwarder:
             if list(map(id, device.pools)) != list(map(id, devices[0].pools)):
                 raise UsageError(f"{devices[0].name} and {device.name} have pools of their own; open them with "
                                  "open_devices, or open the second with pools=first.pools")
-        self.devices, self.handler, self.packets = devices, handler, packets
+        if any(device.in_place != in_place for device in devices) or in_place and len(devices) != 2:
+            raise UsageError("to forward in place, open two devices with open_devices(…, in_place=True) and say "
+                             "in_place=True here; to forward otherwise, in neither place")
+        self.devices, self.handler, self.packets, self.in_place = devices, handler, packets, in_place
         queues = devices[0].queues
         self.states = [state] + [copy.deepcopy(state) for _ in range(queues - 1)]
         self.controls = [new_control(len(devices), batch_size, packets) for _ in range(queues)]
@@ -48,7 +54,8 @@ class Forwarder:
         rxqs = tuple(device.rx[k] for device in self.devices)
         txqs = tuple(device.tx[k] for device in self.devices)
         try:
-            forward_loop(rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]))
+            loop = in_place_loop if self.in_place else forward_loop
+            loop(rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]))
         except NumbaError as error:
             self._error = UsageError(self.handler.explain(self.states[k], error))
         except BaseException as error:
@@ -106,7 +113,8 @@ class Forwarder:
             if control.failed:
                 length = int(control.sample_length)
                 packet = Packet(control.sample[:length].copy(), int(control.sample_port))
-                return _replay(self.handler, packet, copy.deepcopy(state), len(self.devices))
+                ports = [1 - packet.port] if self.in_place else range(len(self.devices))
+                return _replay(self.handler, packet, copy.deepcopy(state), ports)
         return None
 
     def __enter__(self):
@@ -129,6 +137,7 @@ def _replay(handler, packet, state, ports):
                 line = trace.tb_lineno
             trace = trace.tb_next
         return f"{code.co_filename}:{line}: handler {handler.__name__}: {type(error).__name__}: {error}"
-    if -1 <= verdict < ports:
+    if verdict == DROP or verdict in ports:
         return f"{where}: failed on a packet of {len(packet)} bytes, but not again on the same packet"
-    return f"{where}: returned {verdict}; expected a port from 0 to {ports - 1}, or DROP"
+    expected = f"a port from 0 to {ports[-1]}" if ports[0] == 0 < ports[-1] else f"port {ports[0]}"
+    return f"{where}: returned {verdict}; expected {expected}, or DROP"

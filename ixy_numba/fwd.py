@@ -33,6 +33,8 @@ def arguments():
     parser.add_argument("--packets", type=cli.between(0, None), metavar="N", help="stop after N packets")
     parser.add_argument("--touch", action="store_true", default=True, help="increment byte 1 of each packet (default)")
     parser.add_argument("--no-touch", dest="touch", action="store_false", help="forward packets unchanged")
+    parser.add_argument("--in-place", action="store_true",
+                        help="send packets from where they were received, without a pool of buffers")
     return parser
 
 
@@ -43,7 +45,7 @@ def run(argv, stop):
     chosen = touch_and_forward if args.touch else forward
     return cli.forward("fwd", args.devices or ["sim:gen=line"] * 2, chosen, stop, queues=args.queues,
                        ring_size=args.ring_size, batch_size=args.batch_size, packets=args.packets,
-                       duration_s=args.duration, as_json=args.json)
+                       duration_s=args.duration, in_place=args.in_place, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The drivers, one folder each: VENDOR, IDS and REFUSED (PCI device ids) and a Device class in its `__init__`."""
+"""The drivers, one folder each: VENDOR, IDS and REFUSED (PCI device ids) and a Device class in its `__init__`.
+
+One that can forward in place has another Device class, in its module `in_place`.
+"""
 
 import importlib
 import pkgutil
@@ -6,13 +9,15 @@ import pkgutil
 from ..core.errors import UsageError
 
 
-def find(bus):
+def find(bus, in_place=False):
     """The Device class for what is on `bus`; UsageError that names the device if there is none."""
     known = []
     for info in pkgutil.iter_modules(__path__):
         driver = importlib.import_module(f"{__name__}.{info.name}")
         if bus.vendor == driver.VENDOR and bus.device in driver.IDS:
-            return next(c for c in vars(driver).values() if getattr(c, "driver", None) == info.name)
+            module = importlib.import_module(f"{driver.__name__}.in_place") if in_place else driver
+            return next(c for c in vars(module).values()
+                        if getattr(c, "driver", None) == info.name and c.__module__ == module.__name__)
         if bus.vendor == driver.VENDOR and bus.device in driver.REFUSED:
             raise UsageError(f"{bus.name}: {bus.vendor:04x}:{bus.device:04x} is a {driver.REFUSED[bus.device]}, which "
                              f"the {info.name} driver does not drive; it drives {', '.join(driver.IDS.values())}")

@@ -315,6 +315,9 @@ class Model:
             queue.head = head if head < queue.length else 0
             if "tail" in queue.dtype.names:
                 queue.tail = queue.head
+            else:
+                head_low, head_high = (int(word) for word in self._word[block // 4 + 14 : block // 4 + 16])
+                queue.head_at = (head_low & ~3 | head_high << 32) if head_low & r.TDWBAL.HEAD_WB_EN else 0
         self._word[control] = value
         queue.enabled = bool(value & r.RXDCTL.ENABLE and queue.length)
         self._list_queues()

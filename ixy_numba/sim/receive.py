@@ -270,7 +270,7 @@ def settle(device):
     device.changed = ZERO
     queue = device.rx[0]
     device.plain = ZERO
-    if device.source == GENERATOR and not (device.loss or device.corrupt or device.rss or queue.legacy):
+    if device.source == GENERATOR and not (device.loss or device.corrupt or device.rss):
         octets = device.frame_size + CRC_SIZE
         legal = device.min_frame <= device.frame_size and octets <= longest_frame(device, device.template_at)
         whole = device.crc_strip and device.frame_size <= queue.buffer
@@ -291,7 +291,8 @@ def burst(device, n):
     n = min(n, reachable >> U(4))
     if n == ZERO:
         return ZERO
-    status, flow, sequence = DD | EOP | size << SHIFT32, device.flow, device.taken
+    status = LEGACY_DD_EOP | size if queue.legacy else DD | EOP | size << SHIFT32
+    flow, sequence = device.flow, device.taken
     for k in range(n):
         descriptor = ring + (U(k) << U(4))
         target, reachable = reach(device, RX_DATA, load64(descriptor))
@@ -299,7 +300,8 @@ def burst(device, n):
             device.wire[DMA_FAULTS] += ONE
         else:
             generate(device, target, sequence, flow)
-        store64(descriptor, device.plain_type)
+        if queue.legacy == ZERO:
+            store64(descriptor, device.plain_type)
         store_release64(descriptor + U(8), status)
         sequence += ONE
         flow = flow + ONE if flow + ONE < device.flows else ZERO

@@ -34,7 +34,7 @@ SINK, FILE, TAP, LINK, UNPLUGGED = (U(k) for k in range(5))
 SILENT, CALLING, RUNNING = (U(k) for k in range(3))
 
 # Which of the cached DMA translations an access uses
-RX_RING, RX_DATA, TX_RING, TX_DATA = (U(k) for k in range(4))
+RX_RING, RX_DATA, TX_RING, TX_DATA, TX_HEAD = (U(k) for k in range(5))
 
 
 def _words(*names):
@@ -50,6 +50,7 @@ RX_QUEUE = np.dtype(_words(
 ))
 TX_QUEUE = np.dtype(_words(
     "enabled", "ring", "length", "head", "registers", "counters",
+    "head_at",  # where the head is written back (iova); 0: done descriptors are instead
     "first", "next", "checked", "errors",  # sequence numbers at the sink
 ))
 PENDING = np.dtype(_words(  # the frame that waits for descriptors, its fate decided
@@ -67,7 +68,7 @@ DEVICE = np.dtype([
     *_words("addresses"), ("address", "u8", (128,)), ("mta", "u4", (128,)),
     ("reta", "u1", (128,)), ("toeplitz", "u4", (36, 256)),
     # DMA
-    *_words("mappings"), ("mapping", MAPPING, (MAX_MAPPINGS,)), ("recent", "u8", (4,)),
+    *_words("mappings"), ("mapping", MAPPING, (MAX_MAPPINGS,)), ("recent", "u8", (5,)),
     # statistics
     ("count", "u8", (len(COUNTERS),)), ("wire", "u8", (len(WIRE),)),
     ("rx_sizes", "u8", (6,)), ("tx_sizes", "u8", (6,)),

@@ -26,6 +26,7 @@ from .state import (
     SINK,
     TPT,
     TX_DATA,
+    TX_HEAD,
     TX_RING,
     ZERO,
     U,
@@ -36,11 +37,12 @@ from .wire import SENT, check_sequence, crc32, emit
 TDH, TDT = U(0x10), U(0x18)
 LENGTH = U(0xFFFF)
 TYPE, CONTEXT, DATA = U(15 << 20), U(2 << 20), U(3 << 20)
-EOP, IFCS, RS, DEXT, VLE, TSE = (U(1 << k) for k in (24, 25, 27, 29, 30, 31))
+EOP, IFCS, IC, RS, DEXT, VLE, TSE = (U(1 << k) for k in (24, 25, 26, 27, 29, 30, 31))
 OFFLOADS = U(7 << 40)  # POPTS: checksums and IPsec
 DD = U(1)
 # A whole frame in one buffer, to go out as it is: this of the descriptor must be that
 SIMPLE_MASK, SIMPLE = TYPE | EOP | IFCS | DEXT | VLE | TSE | OFFLOADS, DATA | EOP | IFCS | DEXT
+LEGACY_MASK, LEGACY = EOP | IFCS | IC | DEXT | VLE, EOP | IFCS
 LONGEST = U(SCRATCH_SIZE)
 INCOMPLETE, DROPPED, COMPLETE = U(0), U(1), U(2)
 
@@ -55,7 +57,8 @@ def fetch(device, ring, n):
         descriptor = ring + (U(k) << U(4))
         command = load64(descriptor + U(8))
         length = command & LENGTH
-        if command & SIMPLE_MASK != SIMPLE or not shortest <= length <= LONGEST:
+        simple = command & SIMPLE_MASK == SIMPLE or command & LEGACY_MASK == LEGACY
+        if not simple or not shortest <= length <= LONGEST:
             return U(k)
         address, reachable = reach(device, TX_DATA, load64(descriptor))
         if reachable < length:
@@ -67,7 +70,20 @@ def fetch(device, ring, n):
 
 
 @kernel
-def send(device, queue, ring, n, now, time_ns):
+def report(device, queue, descriptor, index):
+    """What RS asks for: DD in the descriptor or, with head write-back (7.2.3.5.2), the head now after it in memory."""
+    if queue.head_at == ZERO:
+        store_release32(descriptor + U(12), DD)
+        return
+    target, reachable = reach(device, TX_HEAD, queue.head_at)
+    if reachable < U(4):
+        device.wire[DMA_FAULTS] += ONE
+    else:
+        store_release32(target, index + ONE if index + ONE < queue.length else ZERO)
+
+
+@kernel
+def send(device, queue, ring, head, n, now, time_ns):
     """Put the first `n` fetched frames on the wire and report status; returns how many it took."""
     octets, count, done, sink = ZERO, device.count, ZERO, device.sink == SINK
     while done < n:
@@ -82,7 +98,7 @@ def send(device, queue, ring, n, now, time_ns):
             count[BPTC if load64(address) & MAC_MASK == MAC_MASK else MPTC] += ONE
         descriptor = ring + (done << U(4))
         if load64(descriptor + U(8)) & RS:
-            store_release32(descriptor + U(12), DD)
+            report(device, queue, descriptor, head + done)
         done += ONE
     if sink:
         device.wire[SENT] += done
@@ -116,6 +132,8 @@ def assemble(device, queue, head, pending):
                 return used, ZERO, DROPPED  # offloads that would need it are refused below
             damaged = True
             continue
+        if length == ZERO and used == ONE and command & (DEXT | EOP) == EOP:
+            return used, ZERO, DROPPED  # a null descriptor (7.2.3.2.2): between frames, it transfers nothing
         if command & DEXT and kind != DATA or length == ZERO or command & (TSE | VLE | OFFLOADS):
             damaged = True
         elif total + length > LONGEST:
@@ -174,9 +192,10 @@ def send_assembled(device, queue, head, pending, now, time_ns):
             device.count[BPTC if load64(address) & MAC_MASK == MAC_MASK else MPTC] += ONE
         _count(device, queue, ONE, length)
     for k in range(used):
-        descriptor, _ = reach(device, TX_RING, queue.ring + ((head + U(k)) % queue.length << U(4)))
+        index = (head + U(k)) % queue.length
+        descriptor, _ = reach(device, TX_RING, queue.ring + (index << U(4)))
         if load64(descriptor + U(8)) & RS:
-            store_release32(descriptor + U(12), DD)
+            report(device, queue, descriptor, index)
     return used
 
 
@@ -200,7 +219,7 @@ def transmit(device, queue, now, time_ns, budget):
         run = min(min(budget, pending) - n, size - head, reachable >> U(4), U(BATCH))
         found = fetch(device, ring, run)
         if found:
-            used = send(device, queue, ring, found, now, time_ns)
+            used = send(device, queue, ring, head, found, now, time_ns)
         else:
             used = send_assembled(device, queue, head, pending - n, now, time_ns)
         n += used

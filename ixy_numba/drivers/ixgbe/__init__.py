@@ -32,10 +32,31 @@ class Ixgbe(Device):
     driver = "ixgbe"
     MAX_QUEUES = r.QUEUES
     RING_SIZES = tuple(1 << k for k in range(6, 13))
+    RX_DESCRIPTORS = setup.ADVANCED
 
     def _set_up(self):
         self.regs = Registers(self.name, self.bus.read32, self.bus.write32, self.trace)
         self.rx, self.tx, self._memory = [], [], None
+        rx_rings, tx_rings = self._take_rings()
+        regs = self.regs
+        setup.disable_interrupts(regs)
+        setup.reset(regs)
+        setup.wait_for_eeprom(regs)
+        setup.wait_for_dma(regs)
+        setup.init_link(regs)
+        setup.clear_counters(regs)
+        setup.init_receive(regs, [(iova, self.ring_size) for _, iova in rx_rings], self.RX_DESCRIPTORS)
+        setup.init_transmit(regs, [(iova, self.ring_size) for _, iova in tx_rings])
+        for k in range(self.queues):
+            self.rx.append(self._receive_queue(k, rx_rings[k][0]))
+            self.tx.append(self._transmit_queue(k, tx_rings[k][0]))
+        for k in range(self.queues):
+            setup.start_transmit_queue(regs, k)
+            setup.start_receive_queue(regs, k, self.ring_size)
+        setup.set_promiscuous(regs, self.promiscuous)
+
+    def _take_rings(self):
+        """Memory for the rings: a (record, device address) per receive queue, and per transmit queue."""
         rings = 16 * self.ring_size * 2 * self.queues
         self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs)
         addresses = self.bus.map_dma(self._memory)
@@ -52,24 +73,7 @@ class Ixgbe(Device):
                                "choose a smaller ring size")
             return ring, address
 
-        rx_rings = [take(rx) for _ in range(self.queues)]
-        tx_rings = [take(tx) for _ in range(self.queues)]
-        regs = self.regs
-        setup.disable_interrupts(regs)
-        setup.reset(regs)
-        setup.wait_for_eeprom(regs)
-        setup.wait_for_dma(regs)
-        setup.init_link(regs)
-        setup.clear_counters(regs)
-        setup.init_receive(regs, [(iova, self.ring_size) for _, iova in rx_rings])
-        setup.init_transmit(regs, [(iova, self.ring_size) for _, iova in tx_rings])
-        for k in range(self.queues):
-            self.rx.append(self._receive_queue(k, rx_rings[k][0]))
-            self.tx.append(self._transmit_queue(k, tx_rings[k][0]))
-        for k in range(self.queues):
-            setup.start_transmit_queue(regs, k)
-            setup.start_receive_queue(regs, k, self.ring_size)
-        setup.set_promiscuous(regs, self.promiscuous)
+        return [take(rx) for _ in range(self.queues)], [take(tx) for _ in range(self.queues)]
 
     def _registers_of(self, block, k, dtype):
         start = block + k * r.QUEUE_STRIDE

@@ -1,4 +1,4 @@
-"""The advanced descriptors of the 82599: receive in datasheet section 7.1.6, transmit in 7.2.3.2.4."""
+"""The 82599's advanced descriptors (datasheet 7.1.6 receive, 7.2.3.2.4 transmit), legacy ones (7.1.5, 7.2.3.2.2)."""
 
 import numpy as np
 
@@ -16,6 +16,10 @@ ONE_BUFFER = U(1 << 24 | 1 << 25)  # EOP and IFCS: a whole frame in one buffer, 
 RS = U(1 << 27)  # report status: write DD back
 PAYLEN_SHIFT = U(46)
 SENT = U(1 << 32)  # DD in the write-back
+
+# Legacy: the same place for the buffer's address in both directions, and a write-back leaves it there.
+LEGACY = np.dtype([("addr", "u8"), ("word", "u8")])  # `word`: length in bits 15:0; ONE_BUFFER and RS as above
+LEGACY_DD, LEGACY_EOP, LEGACY_ERROR = U(1 << 32), U(1 << 33), U(1 << 40)  # received: as DD, EOP, ERROR above
 
 
 def ring(descriptor, size):

@@ -14,9 +14,9 @@ from ... import datapath, in_place
 from ...core.errors import DmaError
 from ...core.jit import kernel
 from ...core.memory import DmaMemory, new_record
-from ...core.mmio import likely, load_acquire, prefetch, store_doorbell, store_release
-from ...core.packet import _view
-from ...core.pool import BUFFER_STRIDE, LOW16, ONE, ZERO, U
+from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
+from ...core.packet import view
+from ...core.pool import BUFFER_STRIDE, LENGTH_MASK, ONE, ZERO, U
 from . import Ixgbe, setup
 from . import regs as r
 from .descriptors import LEGACY, LEGACY_DD, LEGACY_EOP, LEGACY_ERROR, ONE_BUFFER, RS
@@ -54,14 +54,14 @@ def rx_start(rxq):
 def rx_next(rxq, i):
     word = load_acquire(rxq.line.desc[i], "word")
     if likely(sound(word)):
-        return word & LOW16
+        return word & LENGTH_MASK
     return datapath.EMPTY
 
 
 @kernel(inline=True)
 def sound(word):
     """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
-    return word & (LEGACY_DD | LEGACY_EOP | LEGACY_ERROR) == LEGACY_DD | LEGACY_EOP and fits(word & LOW16)
+    return word & (LEGACY_DD | LEGACY_EOP | LEGACY_ERROR) == LEGACY_DD | LEGACY_EOP and fits(word & LENGTH_MASK)
 
 
 @datapath.rx_broken.implement(RxQueue)
@@ -80,7 +80,7 @@ def rx_prefetch(rxq, i):
 @in_place.rx_view.implement(RxQueue)
 @kernel(inline=True)
 def rx_view(rxq, i, length, arrival):
-    return _view(rxq.line.buffer[i], length, arrival)
+    return view(rxq.line, i, length, arrival)
 
 
 @in_place.resend.implement(RxQueue)
@@ -95,8 +95,11 @@ def resend(rxq, i, length):
 @in_place.hand_over.implement(RxQueue)
 @kernel(inline=True)
 def hand_over(rxq, txq, i):
+    desc, mask = rxq.line.desc, U(len(rxq.line.desc) - 1)
+    if load_acquire(desc[i], "word") & LEGACY_DD == ZERO:  # nothing more for now: the last ones come back without delay
+        desc[(i + mask) & mask].word |= RS
+    rxq.state.index = i
     store_doorbell(txq.regs, "TDT", i)
-    store_release(rxq.state, "index", i)  # after the doorbell: see InPlaceIxgbe.finished
 
 
 @in_place.recycle.implement(RxQueue)
@@ -106,7 +109,7 @@ def recycle(rxq, txq):
     head = load_acquire(rxq.line, "head") & mask
     if head != rxq.state.recycled:
         rxq.state.recycled = head
-        store_doorbell(rxq.regs, "RDT", (head + mask) & mask)  # one short of it: tail == head would mean "no descriptors"
+        store_doorbell(rxq.regs, "RDT", (head + mask) & mask)  # tail == head would mean "no descriptors"
 
 
 class Lines:
@@ -160,7 +163,8 @@ def _contiguous(bus, memory):
 class InPlaceIxgbe(Ixgbe):
     """One of two ports that forward in place. `pools` are the `Lines` that both were opened with."""
 
-    RX_DESCRIPTORS = r.SRRCTL.LEGACY
+    in_place = True
+    RX_DESCRIPTORS = setup.LEGACY
 
     @classmethod
     def new_pools(cls, queues, ring_size, devices, bus):
@@ -168,9 +172,7 @@ class InPlaceIxgbe(Ixgbe):
 
     def _take_rings(self):
         here = self.pools[0].port(self.bus)
-        self._lines = [pool.records[here] for pool in self.pools]
-        receive, send = ([(pool.records[port], pool.addresses[port]) for pool in self.pools] for port in (here, 1 - here))
-        return receive, send
+        return ([(lines.records[port], lines.addresses[port]) for lines in self.pools] for port in (here, 1 - here))
 
     def _receive_queue(self, k, ring):
         return RxQueue(ring, new_record(STATE), self._registers_of(r.RX_QUEUE, k, RX_REGISTERS))
@@ -186,10 +188,3 @@ class InPlaceIxgbe(Ixgbe):
 
     def _kernel_counters(self):
         return sum(int(rxq.state.errors) for rxq in self.rx), 0
-
-    @property
-    def finished(self):
-        """Some descriptors that are sent are not given back: what counts is that all that was received is sent."""
-        read = self.regs.read
-        return self.bus.ended and all(
-            int(rxq.state.index) == read(r.RDH[k]) and read(r.TDH[k]) == read(r.TDT[k]) for k, rxq in enumerate(self.rx))

@@ -9,6 +9,7 @@ from . import regs as r
 # The example key of datasheet section 7.1.2.8.1's hash: the verification suite of the Toeplitz hash uses it too.
 RSS_KEY = bytes.fromhex("6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa")
 RSS_QUEUES = 16  # a redirection table entry has 4 bits
+LEGACY, ADVANCED = 0, 1  # SRRCTL.DESCTYPE, 8.2.3.8.7
 
 
 def disable_interrupts(regs):
@@ -48,7 +49,7 @@ def clear_counters(regs):
                 regs.read(one)
 
 
-def init_receive(regs, queues):
+def init_receive(regs, queues, kind=ADVANCED):
     """4.6.7: filters, one packet buffer, CRC stripped, hash over the queues. `queues`: (iova, descriptors) each."""
     regs.clear(r.RXCTRL, r.RXCTRL.RXEN)  # as section 4.6.7 asks while it is set up
     for k in range(1, 8):
@@ -63,7 +64,7 @@ def init_receive(regs, queues):
     init_rss(regs, len(queues))
     for k, (iova, descriptors) in enumerate(queues):
         srrctl = regs.read(r.SRRCTL[k]) & ~(r.SRRCTL.DESCTYPE | r.SRRCTL.BSIZEPACKET)
-        regs.write(r.SRRCTL[k], srrctl | r.SRRCTL.DESCTYPE.of(1) | r.SRRCTL.BSIZEPACKET.of(BUFFER_SIZE >> 10)
+        regs.write(r.SRRCTL[k], srrctl | r.SRRCTL.DESCTYPE.of(kind) | r.SRRCTL.BSIZEPACKET.of(BUFFER_SIZE >> 10)
                    | r.SRRCTL.DROP_EN)  # one full queue must not hold up the others
         _ring(regs, k, iova, descriptors, r.RDBAL, r.RDBAH, r.RDLEN, r.RDH, r.RDT)
     regs.set(r.CTRL_EXT, r.CTRL_EXT.NS_DIS)  # 4.6.7: no snoop must be off
@@ -103,6 +104,16 @@ def init_transmit(regs, queues):
         # Fetch early and in bursts. WTHRESH must be 0, since only every 32nd descriptor reports its status (7.2.3.5).
         regs.write(r.TXDCTL[k], r.TXDCTL.PTHRESH.of(36) | r.TXDCTL.HTHRESH.of(8))
     regs.set(r.DMATXCTL, r.DMATXCTL.TE)
+
+
+def enable_head_write_back(regs, k, iova):
+    """7.2.3.5.2: how far queue `k` has sent goes to memory, 4 bytes at `iova`, instead of DD into descriptors."""
+    # The datasheet asks for dword or qword alignment; TinyNF found that hardware writes only to multiples of 16.
+    if iova % 16:
+        raise IxyError(f"head write-back to {iova:#x}: expected a multiple of 16")
+    regs.clear(r.DCA_TXCTRL[k], r.DCA_TXCTRL.DESC_WB_RO)  # relaxed ordering could let the head go backwards
+    regs.write(r.TDWBAH[k], iova >> 32)
+    regs.write(r.TDWBAL[k], iova & 0xFFFFFFFF | r.TDWBAL.HEAD_WB_EN)
 
 
 def _ring(regs, k, iova, descriptors, low, high, length, head, tail):

@@ -1,0 +1,96 @@
+"""The loop that sends packets from the buffers that they were received into: no pool, nothing moves.
+
+Between exactly two ports, for handlers that forward to the other port, drop or edit. The ring that one port receives
+into is the ring that the other one sends from: what was received is turned into what is to be sent where it lies, and
+is received into again once it is sent. Same handlers, same `Lane` as `datapath.forward_loop`.
+"""
+
+import numpy as np
+
+from .core.jit import kernel
+from .core.mmio import cycles, likely, load_acquire, pause
+from .core.pool import ONE, ZERO
+from .datapath import DROP, EMPTY, _decide, _note_failure, rx_broken, rx_next, rx_prefetch, rx_start, verb
+
+PREFETCH = np.uint64(8)  # how many packets ahead of the handler
+
+
+@verb
+def rx_view(rxq, position, length, arrival):
+    """The `length` bytes received at `position`, as a Packet of port `arrival`."""
+
+
+@verb
+def resend(rxq, position, length):
+    """Make the descriptor at `position` send `length` bytes of its buffer, none for 0; returns the next position."""
+
+
+@verb
+def hand_over(rxq, txq, position):
+    """Let the device of `txq` send everything before `position`."""
+
+
+@verb
+def recycle(rxq, txq):
+    """Let the device of `rxq` receive into what the device of `txq` has sent."""
+
+
+@kernel
+def in_place_loop(rxqs, txqs, lane):
+    """Forward between the two queues each of `rxqs` and `txqs`, until told to stop.
+
+    Ends when control.stop is set or control.budget packets are forwarded; nothing is left half-done then. Run it in a
+    thread of its own: it holds no GIL and sees no Ctrl-C.
+    """
+    control = lane.control
+    now = cycles()
+    while load_acquire(control, "stop") == ZERO and control.forwarded < control.budget:
+        moved = in_place_round(rxqs, txqs, lane)
+        before, now = now, cycles()
+        control.passes += ONE
+        if moved != ZERO:
+            control.busy_cycles += now - before
+        else:
+            pause()
+
+
+@kernel(inline=True)
+def in_place_round(rxqs, txqs, lane):
+    """One pass each way; returns how many packets moved."""
+    return in_place_pass(rxqs[0], txqs[1], lane, 0) + in_place_pass(rxqs[1], txqs[0], lane, 1)
+
+
+@kernel(inline=True)
+def in_place_pass(rxq, txq, lane, arrival):
+    """Up to a batch of packets of one receive queue, each to the other port or nowhere; returns how many.
+
+    A full output needs no care: what is not sent is not received into, so it is the input that comes to rest.
+    """
+    control = lane.control
+    recycle(rxq, txq)  # even if nothing arrives: once all descriptors wait to be sent, nothing can
+    limit = min(control.batch_size, control.budget - control.forwarded)
+    other = np.int64(1 - arrival)
+    i, n, sent = rx_start(rxq), ZERO, ZERO
+    while n < limit:
+        length = rx_next(rxq, i)
+        if likely(length != EMPTY):
+            rx_prefetch(rxq, i + PREFETCH)
+            verdict = _decide(lane, rx_view(rxq, i, length, arrival))
+            if likely(verdict == other):
+                sent += ONE
+            else:
+                if verdict != DROP:
+                    _note_failure(control, rx_view(rxq, i, length, arrival))
+                length = ZERO
+        elif rx_broken(rxq, i):
+            rxq.state.errors += ONE
+            length = ZERO
+        else:
+            break
+        i = resend(rxq, i, length)
+        n += ONE
+    if n != ZERO:
+        hand_over(rxq, txq, i)
+        control.forwarded += sent
+        control.dropped += n - sent
+    return n
