@@ -127,7 +127,7 @@ class Ours:
         In place: those whose address is still in their own descriptor; that is all of them, always.
         """
         if isinstance(self.driver, InPlace):
-            return sum(int((rxq.line.desc["addr"] == [address(buffer) for buffer in rxq.line.buffer]).sum())
+            return sum(int((rxq.line.desc["addr"] == [address(buffer) for buffer in rxq.line.buffer[:RING]]).sum())
                        for rxq in self.driver.rxqs)
         table = self.devices[0].pool.table
         found = [table.free[: int(table.top)]]

@@ -28,7 +28,7 @@ from .core.mmio import cycles, likely, load_acquire, pause
 from .core.packet import packet_type, view
 from .core.pool import ADDRESS_MASK, BUFFER_SIZE, ONE, ZERO, U, take, word_of
 
-EMPTY = U(0)  # what rx_next says instead of a length
+EMPTY = U(1 << 16)  # what rx_next says instead of a length; 16 bits of a descriptor cannot be mistaken for it
 # In every driver's transmit state: since when (in cycles) the ring has been full, noted by forward_loop, 0 again when
 # the driver takes sent buffers back; and the packets that were dropped because it did not move.
 TX_COUNTERS = [("stalled", "u8"), ("dropped", "u8")]

@@ -26,8 +26,8 @@ def resend(rxq, position, length):
 
 
 @verb
-def hand_over(rxq, txq, position):
-    """Let the device of `txq` send everything before `position`."""
+def hand_over(rxq, txq, n):
+    """Let the device of `txq` send the `n` packets since the last call."""
 
 
 @verb
@@ -70,27 +70,27 @@ def in_place_pass(rxq, txq, lane, arrival):
     recycle(rxq, txq)  # even if nothing arrives: once all descriptors wait to be sent, nothing can
     limit = min(control.batch_size, control.budget - control.forwarded)
     other = np.int64(1 - arrival)
-    i, n, sent = rx_start(rxq), ZERO, ZERO
+    i, n, dropped = rx_start(rxq), ZERO, ZERO
     while n < limit:
         length = rx_next(rxq, i)
         if likely(length != EMPTY):
             rx_prefetch(rxq, i + PREFETCH)
             verdict = _decide(lane, rx_view(rxq, i, length, arrival))
-            if likely(verdict == other):
-                sent += ONE
-            else:
+            if not likely(verdict == other):
                 if verdict != DROP:
                     _note_failure(control, rx_view(rxq, i, length, arrival))
                 length = ZERO
+                dropped += ONE
         elif rx_broken(rxq, i):
             rxq.state.errors += ONE
             length = ZERO
+            dropped += ONE
         else:
             break
         i = resend(rxq, i, length)
         n += ONE
     if n != ZERO:
-        hand_over(rxq, txq, i)
-        control.forwarded += sent
-        control.dropped += n - sent
+        hand_over(rxq, txq, n)
+        control.forwarded += n - dropped
+        control.dropped += dropped
     return n

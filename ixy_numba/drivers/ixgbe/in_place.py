@@ -16,20 +16,24 @@ from ...core.jit import kernel
 from ...core.memory import DmaMemory, new_record
 from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
 from ...core.packet import view
-from ...core.pool import BUFFER_STRIDE, LENGTH_MASK, ONE, ZERO, U
+from ...core.pool import BUFFER_SIZE, BUFFER_STRIDE, LENGTH_MASK, ONE, ZERO, U
 from . import Ixgbe, setup
 from . import regs as r
 from .descriptors import LEGACY, LEGACY_DD, LEGACY_EOP, LEGACY_ERROR, ONE_BUFFER, RS
-from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS, fits
+from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS
 
+LOW48, TOO_LONG = U((1 << 48) - 1), U(0xFFFF & ~(BUFFER_SIZE - 1))
 STATE = np.dtype([("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
 _BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
 
 
 def line(size):
-    """What two devices share in one direction: descriptors, the sender's head, and descriptor k's buffer k."""
+    """What two devices share in one direction: descriptors, the sender's head, and descriptor k's buffer k.
+
+    Behind them are buffers that are no descriptor's: what looks ahead to prefetch need not wrap around.
+    """
     return np.dtype({"names": ["desc", "head", "buffer"],
-                     "formats": [(LEGACY, (size,)), "u4", (_BUFFER, (size,))],
+                     "formats": [(LEGACY, (size,)), "u4", (_BUFFER, (size + int(in_place.PREFETCH),))],
                      "offsets": [0, 16 * size, 16 * size + 64]})  # the head on a cache line of its own
 
 
@@ -61,7 +65,8 @@ def rx_next(rxq, i):
 @kernel(inline=True)
 def sound(word):
     """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
-    return word & (LEGACY_DD | LEGACY_EOP | LEGACY_ERROR) == LEGACY_DD | LEGACY_EOP and fits(word & LENGTH_MASK)
+    # In one comparison, of the word less 1: a length of 0 borrows from the bits above, and either way is found out.
+    return ((word & LOW48) + LOW48) & (LEGACY_DD | LEGACY_EOP | LEGACY_ERROR | TOO_LONG) == LEGACY_DD | LEGACY_EOP
 
 
 @datapath.rx_broken.implement(RxQueue)
@@ -74,7 +79,7 @@ def rx_broken(rxq, i):
 @datapath.rx_prefetch.implement(RxQueue)
 @kernel(inline=True)
 def rx_prefetch(rxq, i):
-    prefetch(rxq.line.buffer[i & U(len(rxq.line.desc) - 1)], "octets")
+    prefetch(rxq.line.buffer[i], "octets")
 
 
 @in_place.rx_view.implement(RxQueue)
@@ -87,19 +92,24 @@ def rx_view(rxq, i, length, arrival):
 @kernel(inline=True)
 def resend(rxq, i, length):
     # A descriptor without data is a null descriptor (7.2.3.2.2): between packets, with EOP, it transfers nothing.
-    report = RS if (i + ONE) & (BLOCK - ONE) == ZERO else ZERO
-    rxq.line.desc[i].word = length | ONE_BUFFER | report  # DD is clear again
+    rxq.line.desc[i].word = length | ONE_BUFFER  # DD is clear again
     return (i + ONE) & U(len(rxq.line.desc) - 1)
 
 
 @in_place.hand_over.implement(RxQueue)
 @kernel(inline=True)
-def hand_over(rxq, txq, i):
+def hand_over(rxq, txq, n):
     desc, mask = rxq.line.desc, U(len(rxq.line.desc) - 1)
-    if load_acquire(desc[i], "word") & LEGACY_DD == ZERO:  # nothing more for now: the last ones come back without delay
-        desc[(i + mask) & mask].word |= RS
-    rxq.state.index = i
-    store_doorbell(txq.regs, "TDT", i)
+    first = rxq.state.index & mask
+    end = first + n
+    last_of_block = first | (BLOCK - ONE)
+    while last_of_block < end:
+        desc[last_of_block & mask].word |= RS
+        last_of_block += BLOCK
+    if load_acquire(desc[end & mask], "word") & LEGACY_DD == ZERO:  # nothing more for now: let all come back
+        desc[(end + mask) & mask].word |= RS
+    rxq.state.index = end & mask
+    store_doorbell(txq.regs, "TDT", end & mask)
 
 
 @in_place.recycle.implement(RxQueue)
