@@ -14,7 +14,8 @@ class BenchBus(Bus):
 
     vendor, device = VENDOR, min(IDS)
     simulated, memory_needs = True, ANY
-    READY = {r.EEC.offset: r.EEC.AUTO_RD, r.RDRXCTL.offset: r.RDRXCTL.DMAIDONE}
+    READY = {r.EEC.offset: r.EEC.AUTO_RD, r.RDRXCTL.offset: r.RDRXCTL.DMAIDONE,
+             r.LINKS.offset: r.LINKS.UP | r.LINKS.SPEED.of(3)}
 
     def __init__(self, name):
         self.name = name

@@ -11,6 +11,7 @@ import time
 
 from .core.errors import IxyError
 from .core.jit import MODE
+from .core.thread import KernelThread
 from .device import Statistics, mbit, open_devices
 from .forwarder import Forwarder
 
@@ -93,7 +94,7 @@ def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, b
         report = Report(app, devices, as_json, stop, duration_s)
         with Forwarder(devices, handler, state=state, batch_size=batch_size, packets=packets,
                        in_place=in_place) as forwarder:
-            report.watch(lambda: forwarder.ready, lambda: forwarder.finished, forwarder.check)
+            report.watch(forwarder, lambda: forwarder.finished, forwarder.check)
         forwarded, failed = forwarder.count("forwarded"), forwarder.count("failed")
         if failed:
             print(f"the handler failed on {failed} packets, which were dropped; the first: "
@@ -121,29 +122,21 @@ class Worker:
     `tick` is called while waiting for its end; what that, or the kernel, raises is raised here.
     """
 
-    def __init__(self, function, job, tick):
-        self.job, self._tick, self._failure = job, tick, None
-        self._function = function
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self):
-        try:
-            self._function()
-        except BaseException as error:
-            self._failure = error
+    def __init__(self, job, tick, kernel, *args):
+        self.job, self._tick, self._thread = job, tick, KernelThread(kernel, *args)
 
     def tick(self):
         self._tick()
-        if self._failure is not None:
-            raise self._failure
+        if self._thread.error is not None:
+            raise self._thread.error
 
     @property
-    def ready(self):
-        return self.job.passes > 0 or self.ended
+    def began(self):
+        return self._thread.began
 
     @property
     def ended(self):
-        return not self._thread.is_alive()
+        return self._thread.ended
 
     def __enter__(self):
         self._thread.start()
@@ -152,15 +145,15 @@ class Worker:
     def __exit__(self, kind, error, trace):
         self.job.stop = 1
         try:
-            while not self.ended:
+            while self._thread.is_alive():
                 self._tick()
                 self._thread.join(0.005)
         except BaseException:
             self.job.stop = 2
             self._thread.join()
             raise
-        if self._failure is not None and error is None:
-            raise self._failure
+        if error is None:
+            self.tick()
 
 
 class Report:
@@ -170,38 +163,40 @@ class Report:
         self.app, self.devices, self.as_json, self.stop = app, devices, as_json, stop
         self.duration_s = duration_s
         self.out = sys.stderr if as_json else sys.stdout
-        self.started = None  # when packets could first move
-        self.ended = None
+        self._run = None
 
-    def watch(self, ready, finished, tick=lambda: None):
-        """Print once a second until `finished()`, the duration (counted from `ready()`) or a stop. Polls every 5 ms."""
-        asked = time.monotonic()
-        told = False
+    def watch(self, run, finished, tick):
+        """Print once a second until `finished()`, the duration, or a stop; calls `tick` every 5 ms.
+
+        `run` has `began` and `ended` (time.monotonic()): a Forwarder or a Worker. The duration counts from `began`.
+        """
+        self._run = run
+        asked, told = time.monotonic(), False
         last, before = None, [device.stats() for device in self.devices]
         while not self.stop.is_set():
+            tick()
             now = time.monotonic()
-            if self.started is None:
-                if ready():
-                    self.started = last = now
-                elif not told and now - asked > 1.5 and sys.stderr.isatty():
+            if run.began is None:
+                if not told and now - asked > 1.5 and sys.stderr.isatty():
                     told = True
                     print("compiling kernels for this machine (once; they are cached) …", file=sys.stderr, flush=True)
-            elif now - last >= 1:
-                stats = [device.stats() for device in self.devices]
-                for device, new, old in zip(self.devices, stats, before, strict=True):
-                    self._line(device, new - old, now - last)
-                last, before = now, stats
-            tick()
-            if finished() or (self.duration_s is not None and self.started is not None
-                              and now - self.started >= self.duration_s):
+            else:
+                last = last or run.began
+                if now - last >= 1:
+                    stats = [device.stats() for device in self.devices]
+                    for device, new, old in zip(self.devices, stats, before, strict=True):
+                        self._line(device, new - old, now - last)
+                    last, before = now, stats
+                if self.duration_s is not None and now - run.began >= self.duration_s:
+                    break
+            if finished():
                 break
             self.stop.wait(0.005)
-        self.ended = time.monotonic()
-        self.started = self.started or self.ended
 
     @property
     def seconds(self):
-        return self.ended - self.started
+        """How long the kernel ran, compilation not counted; 0 if it never did."""
+        return self._run.ended - self._run.began if self._run.began is not None else 0.0
 
     def _line(self, device, change, seconds):
         parts = []

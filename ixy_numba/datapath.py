@@ -23,6 +23,7 @@ from numba.extending import NativeValue, models, overload, register_model, typeo
 
 from .core.errors import UsageError
 from .core.jit import CHECKED, fingerprint, kernel
+from .core.libc import yield_processor
 from .core.memory import new_record
 from .core.mmio import cycles, likely, load_acquire, pause
 from .core.packet import packet_type, view
@@ -294,19 +295,31 @@ def forward_loop(rxqs, txqs, lane):
     Ctrl-C.
     """
     control = lane.control
-    now = cycles()
+    now, idle = cycles(), ZERO
     while load_acquire(control, "stop") == ZERO and control.forwarded < control.budget:
         moved = forward_round(rxqs, txqs, lane, 0)
         before, now = now, cycles()
         control.passes += ONE
         if moved != ZERO:
             control.busy_cycles += now - before
+            idle = ZERO
         else:
-            pause()
+            idle = rest(idle)
+
+
+@kernel
+def rest(idle):
+    """After a pass in which nothing moved, the `idle`th in a row or so: wait a moment; returns the next count."""
+    if idle < SPINS:
+        pause()
+        return idle + ONE
+    yield_processor()  # there may be more loops than processors
+    return idle
 
 
 # The tuples hold queues of different types: what runs over them is unrolled when it is compiled.
 _UNROLLED = {"forceinline": True, "boundscheck": CHECKED}
+SPINS = U(2000)  # idle passes before other threads get the processor
 PREFETCH = U(8)  # how many packets ahead of the handler
 FEW_PORTS = 2  # up to so many, the pass is compiled into the loop for each of them
 

@@ -45,6 +45,7 @@ class Device(ABC):
     """
 
     driver = "?"
+    UNREPORTED = 0  # packets that may be sent and still hold their buffers, for as long as nothing more is sent
     in_place = False  # whether it sends from another device's receive rings: such a device has no pool
     MAX_QUEUES, RING_SIZES = 1, ()
 
@@ -59,6 +60,8 @@ class Device(ABC):
         self.pools = pools or self.new_pools(queues, ring_size, 1, bus)
         if len(self.pools) != queues:
             raise UsageError(f"{self.name}: {len(self.pools)} pools for {queues} queues: expected one each")
+        if len(set(map(id, self.pools))) != queues:
+            raise UsageError(f"{self.name}: a pool for two queues: expected one each, a pool is for one thread")
         self._total, self._closed = Statistics(), False
         with contextlib.ExitStack() as undo:
             for pool in self.pools:

@@ -1,7 +1,6 @@
 """Run a handler between devices: one thread a queue, each with its own rings, pool and state."""
 
 import copy
-import threading
 import time
 
 import numpy as np
@@ -9,6 +8,7 @@ from numba.core.errors import NumbaError
 
 from .core.errors import IxyError, UsageError
 from .core.packet import Packet
+from .core.thread import KernelThread
 from .datapath import DROP, MAX_PORTS, Handler, Lane, forward_loop, new_control
 from .in_place import in_place_loop
 
@@ -42,24 +42,22 @@ class Forwarder:
         if any(device.in_place != in_place for device in devices) or in_place and len(devices) != 2:
             raise UsageError("to forward in place, open two devices with open_devices(…, in_place=True) and say "
                              "in_place=True here; to forward otherwise, in neither place")
+        held = sum(device.ring_size + device.UNREPORTED for device in devices)
+        for pool in () if in_place else devices[0].pools:
+            if pool.usable <= held:
+                raise UsageError(f"a pool with {pool.usable} buffers for {len(devices)} device(s): more than {held} "
+                                 "are needed for their rings; make a larger one")
         self.devices, self.handler, self.packets, self.in_place = devices, handler, packets, in_place
         queues = devices[0].queues
         self.states = [state] + [copy.deepcopy(state) for _ in range(queues - 1)]
         self.controls = [new_control(len(devices), batch_size, packets) for _ in range(queues)]
-        self._threads = [threading.Thread(target=self._run, args=(k,), name=f"forwarder-{k}", daemon=True)
-                         for k in range(queues)]
-        self._error = None
+        self._threads = [self._thread(k) for k in range(queues)]
 
-    def _run(self, k):
+    def _thread(self, k):
         rxqs = tuple(device.rx[k] for device in self.devices)
         txqs = tuple(device.tx[k] for device in self.devices)
-        try:
-            loop = in_place_loop if self.in_place else forward_loop
-            loop(rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]))
-        except NumbaError as error:
-            self._error = UsageError(self.handler.explain(self.states[k], error))
-        except BaseException as error:
-            self._error = error
+        loop = in_place_loop if self.in_place else forward_loop
+        return KernelThread(loop, rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]))
 
     def start(self):
         for thread in self._threads:
@@ -80,15 +78,25 @@ class Forwarder:
 
     def check(self):
         """Raise what went wrong: a handler that does not compile, a device or file that failed."""
-        if self._error is not None:
-            raise self._error
+        for thread, state in zip(self._threads, self.states, strict=True):
+            if isinstance(thread.error, NumbaError):
+                raise UsageError(self.handler.explain(state, thread.error))
+            if thread.error is not None:
+                raise thread.error
         for device in self.devices:
             device.bus.check()
 
     @property
-    def ready(self):
-        """Whether every loop is compiled and running."""
-        return all(int(control.passes) > 0 for control in self.controls)
+    def began(self):
+        """When the first loop began (time.monotonic()), once all of them have; None while one is being compiled."""
+        times = [thread.began for thread in self._threads]
+        return None if None in times else min(times)
+
+    @property
+    def ended(self):
+        """When the last loop ended; None while one runs."""
+        times = [thread.ended for thread in self._threads]
+        return None if None in times else max(times)
 
     @property
     def finished(self):

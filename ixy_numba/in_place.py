@@ -8,11 +8,21 @@ is received into again once it is sent. Same handlers, same `Lane` as `datapath.
 import numpy as np
 
 from .core.jit import kernel
-from .core.mmio import cycles, likely, load_acquire, pause
+from .core.mmio import cycles, likely, load_acquire
 from .core.pool import ONE, ZERO
-from .datapath import DROP, EMPTY, _decide, _note_failure, rx_broken, rx_next, rx_prefetch, rx_start, verb
-
-PREFETCH = np.uint64(8)  # how many packets ahead of the handler
+from .datapath import (
+    DROP,
+    EMPTY,
+    PREFETCH,
+    _decide,
+    _note_failure,
+    rest,
+    rx_broken,
+    rx_next,
+    rx_prefetch,
+    rx_start,
+    verb,
+)
 
 
 @verb
@@ -43,15 +53,16 @@ def in_place_loop(rxqs, txqs, lane):
     thread of its own: it holds no GIL and sees no Ctrl-C.
     """
     control = lane.control
-    now = cycles()
+    now, idle = cycles(), ZERO
     while load_acquire(control, "stop") == ZERO and control.forwarded < control.budget:
         moved = in_place_round(rxqs, txqs, lane)
         before, now = now, cycles()
         control.passes += ONE
         if moved != ZERO:
             control.busy_cycles += now - before
+            idle = ZERO
         else:
-            pause()
+            idle = rest(idle)
 
 
 @kernel(inline=True)

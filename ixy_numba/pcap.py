@@ -19,7 +19,7 @@ from .datapath import rx_batch
 from .device import open_device
 
 AT_ONCE = U(2)
-JOB = np.dtype([("stop", "u8"), ("budget", "u8"), ("written", "u8"), ("passes", "u8")])
+JOB = np.dtype([("stop", "u8"), ("budget", "u8"), ("written", "u8")])
 
 
 class Job(NamedTuple):
@@ -34,7 +34,6 @@ def record(rxq, work):
     """Write received packets until job.stop is set or job.budget of them are written; waits while the file grows."""
     job, batch, out, pool = work.job, work.batch, work.out, rxq.pool
     while load_acquire(job, "stop") == ZERO and job.written < job.budget:
-        job.passes += ONE
         n = rx_batch(rxq, batch, min(U(64), job.budget - job.written))
         if n == ZERO:
             pause()
@@ -80,9 +79,8 @@ def run(argv, stop):
 
         report = cli.Report("pcap", [device], args.json, stop, args.duration)
         work = Job(job, clock.record, writer.out, device.pools[0].batch())
-        with cli.Worker(lambda: record(device.rx[0], work), job, tick) as worker:
-            report.watch(lambda: worker.ready, lambda: worker.ended or (device.bus.finite and device.bus.finished),
-                         worker.tick)
+        with cli.Worker(job, tick, record, device.rx[0], work) as worker:
+            report.watch(worker, lambda: worker.ended or (device.bus.finite and device.bus.finished), worker.tick)
         written = writer.frames
         mpps = cli.rate(written, report.seconds)
         report.finish(f"wrote {written} packets, {writer.bytes_written} bytes, to {args.file} in "

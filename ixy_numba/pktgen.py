@@ -15,7 +15,7 @@ from .core.jit import kernel
 from .core.memory import new_record
 from .core.mmio import load_acquire, pause
 from .core.packet import packet, resize
-from .core.pool import ONE, ZERO, U, alloc_batch, free_batch
+from .core.pool import ZERO, U, alloc_batch, free_batch
 from .datapath import tx_batch
 from .device import open_device
 
@@ -25,7 +25,7 @@ JOB = np.dtype([
     ("stop", "u8"), ("batch_size", "u8"), ("budget", "u8"),  # packets to send, all told
     ("rate", "u8"),  # packets a second; 0: as fast as it goes
     ("size", "u8"), ("flows", "u8"), ("covered", "u8"),  # what the frames look like, see core.checksum
-    ("sent", "u8"), ("passes", "u8"),
+    ("sent", "u8"),
 ])
 
 
@@ -41,7 +41,6 @@ def generate(txq, work):
     job, batch, pool = work.job, work.batch, txq.pool
     credit, then = ZERO, now_ns(work.clock)  # packets due, in billionths
     while load_acquire(job, "stop") == ZERO and job.sent < job.budget:
-        job.passes += ONE
         limit = min(job.batch_size, job.budget - job.sent)
         if job.rate != ZERO:
             now = now_ns(work.clock)
@@ -101,8 +100,8 @@ def run(argv, stop):
 
         report = cli.Report("pktgen", [device], args.json, stop, args.duration)
         work = Job(job, clock.record, device.pools[0].batch())
-        with cli.Worker(lambda: generate(device.tx[0], work), job, tick) as worker:
-            report.watch(lambda: worker.ready, lambda: worker.ended, worker.tick)
+        with cli.Worker(job, tick, generate, device.tx[0], work) as worker:
+            report.watch(worker, lambda: worker.ended is not None, worker.tick)
         sent = int(job.sent)
         wait_until_sent(device, sent)
         mpps = cli.rate(sent, report.seconds)

@@ -360,7 +360,7 @@ def until(condition, seconds=30):
 def test_forwarder_moves_packets_until_its_count():
     rig = Rig(2, 64)
     with forward(rig, packets=20) as forwarder:
-        until(lambda: forwarder.ready)
+        until(lambda: forwarder.began is not None)
         assert not forwarder.finished
         for _ in range(30):
             rig.arrive(1, to(0))
@@ -374,7 +374,7 @@ def test_forwarder_moves_packets_until_its_count():
 def test_forwarder_stops_when_told():
     rig = Rig(2, 64)
     forwarder = forward(rig).start()
-    until(lambda: forwarder.ready)
+    until(lambda: forwarder.began is not None)
     rig.arrive(0, to(1))
     until(lambda: forwarder.count("forwarded") == 1)
     forwarder.stop()
@@ -495,7 +495,7 @@ def takes_an_attribute(packet, state):
 def test_a_handler_that_does_not_compile_is_one_line(bad, state, offset, words):
     rig = Rig(2, 64)
     forwarder = Forwarder(rig.devices, bad, state=state).start()
-    until(lambda: forwarder._error is not None)
+    until(lambda: forwarder.ended is not None)
     with pytest.raises(UsageError) as caught:
         forwarder.stop()
     message = str(caught.value)

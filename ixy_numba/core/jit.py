@@ -32,7 +32,11 @@ from .errors import UsageError
 
 MODE = os.environ.get("IXY_NUMBA_MODE", "checked")
 if MODE not in ("checked", "fast"):
-    raise UsageError(f"IXY_NUMBA_MODE is {MODE!r}: expected 'checked' (the default) or 'fast'")
+    _message = f"IXY_NUMBA_MODE is {MODE!r}: expected 'checked' (the default) or 'fast'"
+    if sys.argv[:1] == ["-m"]:  # `python -m ixy_numba.fwd` is importing us: nobody is there to catch an exception
+        print(f"error: {_message}", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
+    raise UsageError(_message)
 CHECKED = MODE == "checked"
 INTERPRETED = bool(config.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is a plain Python function
 

@@ -11,9 +11,9 @@ import numpy as np
 from ..core.capture import Clock, now_ns
 from ..core.errors import IxyError, UsageError
 from ..core.jit import kernel
+from ..core.libc import sleep_us
 from ..core.memory import new_record
 from ..core.mmio import cycles, fence, load_acquire, pause, store_release
-from .libc import sleep_us
 from .receive import receive
 from .state import BATCH, DEVICE, MAX_DEVICES, ONE, ZERO, U, enter, leave
 from .transmit import transmit

@@ -4,6 +4,7 @@ import numpy as np
 
 from ..core.capture import append
 from ..core.jit import kernel
+from ..core.libc import AGAIN, IO_ERROR, read_into, write_from
 from ..core.raw import (
     copy,
     load8,
@@ -14,7 +15,6 @@ from ..core.raw import (
     store64,
     store_release64,
 )
-from .libc import AGAIN, IO_ERROR, read_into, write_from
 from .state import (
     BATCH,
     FILE,

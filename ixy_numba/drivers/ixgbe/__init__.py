@@ -31,6 +31,7 @@ class Ixgbe(Device):
 
     driver = "ixgbe"
     MAX_QUEUES = r.QUEUES
+    UNREPORTED = int(kernels.BLOCK) - 1
     RING_SIZES = tuple(1 << k for k in range(6, 13))
     RX_DESCRIPTORS = setup.ADVANCED
 

@@ -65,7 +65,7 @@ def init_receive(regs, queues, kind=ADVANCED):
     for k, (iova, descriptors) in enumerate(queues):
         srrctl = regs.read(r.SRRCTL[k]) & ~(r.SRRCTL.DESCTYPE | r.SRRCTL.BSIZEPACKET)
         regs.write(r.SRRCTL[k], srrctl | r.SRRCTL.DESCTYPE.of(kind) | r.SRRCTL.BSIZEPACKET.of(BUFFER_SIZE >> 10)
-                   | r.SRRCTL.DROP_EN)  # one full queue must not hold up the others
+                   | (r.SRRCTL.DROP_EN if len(queues) > 1 else 0))  # one full queue must not hold up the others
         _ring(regs, k, iova, descriptors, r.RDBAL, r.RDBAH, r.RDLEN, r.RDH, r.RDT)
     regs.set(r.CTRL_EXT, r.CTRL_EXT.NS_DIS)  # 4.6.7: no snoop must be off
     for k in range(len(queues)):

@@ -1,4 +1,4 @@
-"""The system calls that the engine makes, without the interpreter: read, write, sleep."""
+"""System calls that kernels make, without the interpreter: read, write, sleep, yield."""
 
 import ctypes
 import os
@@ -7,8 +7,8 @@ import time
 import numpy as np
 from numba import types
 
-from ..core.jit import INTERPRETED, kernel
-from ..core.raw import load32
+from .jit import INTERPRETED, kernel
+from .raw import load32
 
 U = np.uint64
 AGAIN, IO_ERROR = 11, 5  # errno: nothing there now; the interface is down
@@ -32,10 +32,14 @@ if INTERPRETED:
     def sleep_us(microseconds):
         time.sleep(int(microseconds) / 1e6)
 
+    def yield_processor():
+        os.sched_yield()
+
 else:
     _read = types.ExternalFunction("read", types.int64(types.int32, types.uint64, types.uint64))
     _write = types.ExternalFunction("write", types.int64(types.int32, types.uint64, types.uint64))
     _sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+    _yield = types.ExternalFunction("sched_yield", types.int32())
     _errno = types.ExternalFunction("__errno_location", types.uint64())
 
     @kernel
@@ -53,3 +57,8 @@ else:
     @kernel
     def sleep_us(microseconds):
         _sleep(np.uint32(microseconds))
+
+    @kernel
+    def yield_processor():
+        """Let another thread run, if one waits for this processor."""
+        _yield()
