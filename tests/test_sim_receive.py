@@ -109,6 +109,21 @@ def test_a_legacy_queue_gets_legacy_write_backs(play):
     assert int(rig.rx[0, 0, 1]) == 100 | (DD | EOP) << 32
 
 
+def test_generated_frames_come_into_legacy_queues_too():
+    rigs = [Rig("gen=line,size=200,frames=50") for _ in range(2)]
+    rigs[1].write(r.SRRCTL[0], 2)
+    before = rigs[1].rx[0].copy()
+    for rig in rigs:
+        while rig.step(7, elapsed_us=100) or rig.model.state.taken < 50:
+            rig.write(r.RDT[0], rig.read(r.RDT[0]) ^ 1)  # the generator's clock starts with the first answer
+    assert (rigs[1].rx[0, :, 0] == before[:, 0]).all()  # a legacy write-back leaves the buffer's address
+    for k in range(50):
+        assert int(rigs[1].rx[0, k, 1]) == 200 | (DD | EOP) << 32
+        assert rigs[0].buffer(0, k)[14:200].tobytes() == rigs[1].buffer(0, k)[14:200].tobytes()
+    for rig in rigs:
+        rig.close()
+
+
 # Enables
 
 

@@ -135,6 +135,51 @@ def test_legacy_descriptors_are_accepted(rig):
     assert rig.sent(index) and sent(rig) == [frame(80)]
 
 
+def test_a_null_descriptor_sends_nothing_and_is_reported(rig):
+    first = rig.queue_tx(0, TX_EOP | TX_IFCS)
+    second = rig.queue_tx(0xBAD, TX_EOP | TX_IFCS | TX_RS)
+    rig.send(frame(60))
+    rig.step()
+    assert rig.wire("model_faults") == rig.wire("dma_faults") == 0 and not rig.sent(first) and rig.sent(second)
+    assert rig.read(m.ALL["GPTC"]) == 1 and sent(rig) == [frame(60)]
+
+
+def head_write_back(rig, iova):
+    """Switch it on; the queue takes it over when it is enabled."""
+    rig.write(r.TXDCTL[0], 0)
+    rig.write(r.TDWBAH[0], iova >> 32)
+    rig.write(r.TDWBAL[0], iova & 0xFFFFFFFF | 1)
+    rig.write(r.TXDCTL[0], ENABLE)
+
+
+def test_head_write_back_says_how_far_the_queue_is_and_leaves_descriptors_alone(rig):
+    where = rig.put(b"\xff" * 16) - rig.tx_data.iova
+    head_write_back(rig, rig.tx_data.iova + where)
+    for k, (command, head) in enumerate([(TX_WHOLE, 0xFFFFFFFF), (TX_WHOLE | TX_RS, 2), (TX_EOP | TX_IFCS | TX_RS, 3),
+                                         (TX_EOP | TX_IFCS, 3)]):
+        index = rig.send(frame(60 + k), command=command)
+        before = rig.tx[0, index].copy()
+        rig.step()
+        assert rig.tx_data.array[where : where + 16].view("<u4").tolist() == [head] + [0xFFFFFFFF] * 3
+        assert (rig.tx[0, index] == before).all()
+    rig.queue_tx(0, TX_EOP | TX_RS)
+    rig.doorbell()
+    rig.step()
+    assert rig.tx_data.array[where : where + 4].view("<u4") == 5  # a null descriptor reports too
+    for k in range(rig.n - 5):
+        rig.send(frame(), command=TX_WHOLE | (TX_RS if k == rig.n - 6 else 0))
+    rig.step()
+    assert rig.tx_data.array[where : where + 4].view("<u4") == 0  # the ring begins anew
+    assert len(sent(rig)) == rig.n - 1
+
+
+def test_a_head_that_cannot_be_written_is_counted(rig):
+    head_write_back(rig, 0x10)
+    rig.send(frame())
+    rig.step()
+    assert rig.wire("dma_faults") == 1 and sent(rig) == [frame()]
+
+
 @pytest.mark.parametrize("command", [
     TX_WHOLE | 0, TX_WHOLE | 13, TX_WHOLE | 0x4001, TX_EOP | TX_DEXT | 60, TX_EOP | TX_DEXT | 5 << 20 | 60,
     TX_WHOLE | TSE | 60, TX_WHOLE | VLE | 60, TX_WHOLE | CHECKSUM | 60])
