@@ -1,5 +1,6 @@
 """A kernel in a thread of its own: it holds no GIL there, and the main thread stays free for Ctrl-C."""
 
+import contextlib
 import threading
 import time
 
@@ -21,8 +22,9 @@ class KernelThread(threading.Thread):
 
     def run(self):
         try:
-            if isinstance(self.kernel, Dispatcher):
-                self.kernel.compile(tuple(map(typeof, self.args)))
+            with contextlib.suppress(ValueError):  # arguments without a type: the call will say what is wrong with them
+                if isinstance(self.kernel, Dispatcher):
+                    self.kernel.compile(tuple(map(typeof, self.args)))
             self.began = time.monotonic()
             self.kernel(*self.args)
         except BaseException as error:
