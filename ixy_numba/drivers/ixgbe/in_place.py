@@ -6,6 +6,7 @@ is one word that goes from "received" to "send this". Where the sender is comes 
 leaves the descriptors alone.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -136,17 +137,20 @@ class Lines:
         return self._buses.index(bus)
 
     def map(self, bus):
-        addresses = [_contiguous(bus, memory) for memory in self._memories]
+        addresses = []
+        with contextlib.ExitStack() as undo:
+            for memory in self._memories:
+                addresses.append(_contiguous(bus, memory))
+                undo.callback(bus.unmap_dma, memory)
+            if self.addresses not in (None, addresses):
+                raise DmaError(f"{bus.name} and {self._buses[0].name} see memory at different addresses; they cannot "
+                               "forward in place")
+            undo.pop_all()
         self._buses.append(bus)
-        if self.addresses is None:
-            self.addresses = addresses
-            for record, address in zip(self.records, addresses, strict=True):
-                size, start = len(record.desc), address + record.dtype.fields["buffer"][1]
-                record.desc["addr"] = start + np.arange(size) * BUFFER_STRIDE
-        elif self.addresses != addresses:
-            self.unmap(bus)
-            raise DmaError(f"{bus.name} and {self._buses[0].name} see memory at different addresses; they cannot "
-                           "forward in place")
+        self.addresses = addresses
+        for record, address in zip(self.records, addresses, strict=True):
+            start = address + record.dtype.fields["buffer"][1]
+            record.desc["addr"] = start + np.arange(len(record.desc)) * BUFFER_STRIDE
 
     def unmap(self, bus):
         for memory in self._memories:
