@@ -25,7 +25,7 @@ struct rx_queue {
     struct pool *pool;
     volatile struct queue_registers *regs;
     uint16_t entries, index;
-    int port; /* read from memory: no compiler makes a copy of the code for each port, which predicts badly */
+    bool port; /* read from memory: no compiler makes a copy of the code for each port, which predicts badly */
     void *held[RING];
 };
 

@@ -19,7 +19,7 @@ struct rx_queue {
     struct descriptor *ring;
     struct queue_registers *regs;
     uint64_t index;
-    int port; /* read from memory: no compiler makes a copy of the code for each port, which predicts badly */
+    bool port; /* read from memory: no compiler makes a copy of the code for each port, which predicts badly */
     uint32_t held[RING];
 };
 
@@ -38,7 +38,7 @@ struct same_design {
 };
 
 #define LOAD_ACQUIRE(where) __atomic_load_n(&(where), __ATOMIC_ACQUIRE)
-#define PACKET(pool, index) ((pool)->memory + (uint64_t)(index) * STRIDE)
+#define PACKET(memory, index) ((memory) + (uint64_t)(index) * STRIDE)
 
 /* A whole frame that fits its buffer: end of packet, no MAC error, 1 to 2048 bytes. */
 static inline bool sound(uint64_t status)
@@ -67,15 +67,21 @@ static uint64_t tx_space(struct tx_queue *tx, struct pool *pool)
     return (clean - tx->tail - 1) & MASK;
 }
 
+/* Below, what a packet needs is copied to locals first: a store to a packet may alias anything, as far as C knows, and
+ * compilers would load every pointer again after it. */
+
 /* ---- batch: a handle is a buffer's index and, from bit 32, the length */
 
 static uint64_t rx_batch(struct rx_queue *rx, struct pool *pool, uint64_t *handles, uint64_t limit)
 {
+    struct descriptor *const ring = rx->ring;
     uint64_t i = rx->index, n = 0, top = pool->top, seen;
+    if (limit > top)
+        limit = top;
     for (seen = 0; seen < limit; seen++) {
-        struct descriptor *desc = &rx->ring[i];
+        struct descriptor *desc = &ring[i];
         uint64_t status = LOAD_ACQUIRE(desc->status);
-        if (!(status & RX_DD) || top == 0)
+        if (!(status & RX_DD))
             break;
         uint32_t index = rx->held[i];
         if (sound(status)) {
@@ -83,8 +89,7 @@ static uint64_t rx_batch(struct rx_queue *rx, struct pool *pool, uint64_t *handl
             index = pool->free[--top];
             rx->held[i] = index;
         }
-        desc->addr = pool->word[index];
-        desc->status = 0;
+        *desc = (struct descriptor){pool->word[index], 0};
         i = (i + 1) & MASK;
     }
     if (seen) {
@@ -97,14 +102,14 @@ static uint64_t rx_batch(struct rx_queue *rx, struct pool *pool, uint64_t *handl
 
 static uint64_t tx_batch(struct tx_queue *tx, struct pool *pool, const uint64_t *handles, uint64_t count)
 {
+    struct descriptor *const ring = tx->ring;
     uint64_t space = tx_space(tx, pool), tail = tx->tail;
     if (count > space)
         count = space;
     for (uint64_t k = 0; k < count; k++) {
         uint32_t index = (uint32_t)handles[k];
         tx->held[tail] = index;
-        tx->ring[tail].addr = pool->word[index];
-        tx->ring[tail].status = tx_command(tail, handles[k] >> 32);
+        ring[tail] = (struct descriptor){pool->word[index], tx_command(tail, handles[k] >> 32)};
         tail = (tail + 1) & MASK;
     }
     if (count) {
@@ -116,10 +121,12 @@ static uint64_t tx_batch(struct tx_queue *tx, struct pool *pool, const uint64_t 
 
 static void forward_batch(struct rx_queue *rx, struct tx_queue *tx, struct pool *pool, uint64_t batch)
 {
+    uint8_t *const memory = pool->memory;
+    const bool port = rx->port;
     uint64_t handles[MAX_BATCH], kept = 0, n = rx_batch(rx, pool, handles, batch);
     for (uint64_t k = 0; k < n; k++) {
         uint64_t handle = handles[k];
-        if (HANDLER(PACKET(pool, (uint32_t)handle), (uint32_t)(handle >> 32), rx->port) == DROP) {
+        if (HANDLER(PACKET(memory, (uint32_t)handle), (uint32_t)(handle >> 32), port) == DROP) {
             pool->free[pool->top++] = (uint32_t)handle;
             continue;
         }
@@ -135,33 +142,32 @@ static void forward_batch(struct rx_queue *rx, struct tx_queue *tx, struct pool 
 
 static void forward_fused(struct rx_queue *rx, struct tx_queue *tx, struct pool *pool, uint64_t batch)
 {
-    uint64_t room = tx_space(tx, pool), i = rx->index, tail = tx->tail, n = 0, sent = 0, top = pool->top;
-    if (room > top)
-        room = top;
-    while (n < batch) {
-        struct descriptor *desc = &rx->ring[i];
+    struct descriptor *const rx_ring = rx->ring, *const tx_ring = tx->ring;
+    uint8_t *const memory = pool->memory;
+    const bool port = rx->port;
+    uint64_t room = tx_space(tx, pool), i = rx->index, tail = tx->tail, top = pool->top, n;
+    if (batch > room)
+        batch = room;
+    if (batch > top)
+        batch = top;
+    for (n = 0; n < batch; n++) {
+        struct descriptor *desc = &rx_ring[i];
         uint64_t status = LOAD_ACQUIRE(desc->status), length = status >> 32 & 0xFFFF;
         if (!(status & RX_DD))
             break;
         uint32_t index = rx->held[i];
-        if (sound(status) && HANDLER(PACKET(pool, index), (uint32_t)length, rx->port) != DROP) {
-            if (sent == room)
-                break;
-            sent++;
+        if (sound(status) && HANDLER(PACKET(memory, index), (uint32_t)length, port) != DROP) {
             tx->held[tail] = index;
-            tx->ring[tail].addr = pool->word[index];
-            tx->ring[tail].status = tx_command(tail, length);
+            tx_ring[tail] = (struct descriptor){pool->word[index], tx_command(tail, length)};
             tail = (tail + 1) & MASK;
-            index = pool->free[top - sent];
+            index = pool->free[--top];
             rx->held[i] = index;
         }
-        desc->addr = pool->word[index];
-        desc->status = 0;
+        *desc = (struct descriptor){pool->word[index], 0};
         i = (i + 1) & MASK;
-        n++;
     }
-    if (sent) {
-        pool->top = top - sent;
+    if (tail != tx->tail) {
+        pool->top = top;
         tx->tail = tail;
         set_register(&tx->regs->tail, tail);
     }
@@ -178,7 +184,7 @@ struct agent {
     uint8_t *memory;
     struct queue_registers *rx_regs, *tx_regs;
     uint64_t index;
-    int port;
+    bool port;
     uint32_t *head; /* how far the NIC has sent: it writes it after a descriptor with RS */
 };
 
@@ -189,14 +195,17 @@ struct in_place {
 
 static void forward_in_place(struct agent *agent, uint64_t batch)
 {
+    struct descriptor *const ring = agent->ring;
+    uint8_t *const memory = agent->memory;
+    const bool port = agent->port;
     uint64_t i = agent->index, n;
     for (n = 0; n < batch; n++) {
-        struct descriptor *desc = &agent->ring[i];
+        struct descriptor *desc = &ring[i];
         uint64_t status = LOAD_ACQUIRE(desc->status), length = status & LEGACY_LENGTH;
         if (!(status & LEGACY_DD))
             break;
         bool good = (status & (LEGACY_EOP | LEGACY_ERROR)) == LEGACY_EOP && length - 1 < 2048;
-        if (!good || HANDLER(agent->memory + i * STRIDE, (uint32_t)length, agent->port) == DROP)
+        if (!good || HANDLER(PACKET(memory, i), (uint32_t)length, port) == DROP)
             length = 0; /* a descriptor without data: nothing is sent */
         bool report = (i & (RECYCLE - 1)) == RECYCLE - 1;
         desc->status = length | LEGACY_ONE_BUFFER | (report ? LEGACY_RS : 0);
@@ -227,7 +236,7 @@ void same_design_open(struct same_design *d, uint8_t *dma, struct port *ports)
     struct pool *pool = &d->pool;
     *pool = (struct pool){.top = BUFFERS, .memory = dma + PORTS * 2 * RING * sizeof(struct descriptor)};
     for (uint32_t k = 0; k < BUFFERS; k++) {
-        pool->word[k] = (uintptr_t)PACKET(pool, k);
+        pool->word[k] = (uintptr_t)PACKET(pool->memory, k);
         pool->free[k] = BUFFERS - 1 - k;
     }
     for (int p = 0; p < PORTS; p++) {
