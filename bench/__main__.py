@@ -81,12 +81,12 @@ def measure(args):
         except common.Unavailable as error:
             if args.command != "all":
                 raise
-            print(f"== {error}; the table is left out\n", flush=True)
+            common.tell(f"== {error}; the table is left out\n")
             continue
-        print("\n".join([f"== {name}: {TABLES[name]}", "", *table.show(made), ""]), flush=True)
+        common.tell("\n".join([f"== {name}: {TABLES[name]}", "", *table.show(made), ""]))
         found += made
     info["noise"] = noise.summary()
-    print("\n".join(common.headline(info)))
+    common.tell("\n".join(common.headline(info)))
     if args.json:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         result = {"machine": info, "commit": common.commit(), "date": now, "quick": args.quick, "rows": found}
@@ -108,14 +108,10 @@ def _check_writable(path):
 def main(argv=None):
     try:
         run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
         return 0
     except IxyError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
 

@@ -6,7 +6,7 @@ import numba
 
 from ixy_numba.core.errors import IxyError
 
-from .common import HERE, MODES, say
+from .common import HERE, MODES, say, tell
 from .counting import callgrind
 
 FILE = HERE / "budget.json"
@@ -31,16 +31,16 @@ def run(update):
     counted = count()
     if update:
         FILE.write_text(json.dumps({"numba": numba.__version__, "instructions": counted}, indent=1) + "\n")
-        print(f"{FILE.relative_to(HERE.parent)} holds the counts of now")
+        tell(f"{FILE.relative_to(HERE.parent)} holds the counts of now")
         return
     budget = json.loads(FILE.read_text())
     if budget["numba"] != numba.__version__:
-        print(f"note: the budget was counted with numba {budget['numba']}, this is {numba.__version__}")
+        tell(f"note: the budget was counted with numba {budget['numba']}, this is {numba.__version__}")
     exceeded = compare(counted, budget["instructions"])
     for name, by_batch in counted.items():
         for batch, found in by_batch.items():
-            print(f"{name:<14} batch {batch:>3}: {found:7.2f} instructions a packet, budget "
-                  f"{budget['instructions'].get(name, {}).get(batch, 'none')}")
+            tell(f"{name:<14} batch {batch:>3}: {found:7.2f} instructions a packet, budget "
+                 f"{budget['instructions'].get(name, {}).get(batch, 'none')}")
     if exceeded:
         raise IxyError("; ".join(exceeded) + f" (over {100 * TOLERANCE:.0f} % more than the budget); find out why, or "
                        "accept it: python -m bench budget --update")

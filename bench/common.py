@@ -36,6 +36,14 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def tell(text):
+    """Print. The measurement goes on, and its JSON is written, when the reader has seen enough: `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # ---- workers: one process a mode, since the mode is fixed when the package is imported
 
 

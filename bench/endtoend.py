@@ -21,7 +21,8 @@ from .ours import Ours
 TABLE = "endtoend"
 # 64-byte frames at 10 Gbit/s into both ports; and as fast as the driver takes them
 LOADS = {"line": "sim:gen=line", "unlimited": "sim:frames=100000000000"}
-SECONDS, TURNS = 4, 5
+FORMS = {"fused": (), "in_place": ("--in-place",)}
+SECONDS, TURNS = 3, 5
 QUICK_SECONDS, QUICK_TURNS = 1, 2
 BATCH, ROUNDS = U(32), 4000
 
@@ -54,9 +55,9 @@ def worker():
     return tsc_ghz() * 1e3 * (sent() - before) / ROUNDS / float(calm.mean())
 
 
-def forward(mode, spec, seconds):
+def forward(mode, form, spec, seconds):
     """One run of `python -m ixy_numba.fwd`: the object it ends with."""
-    command = [sys.executable, "-m", "ixy_numba.fwd", "--json", "--duration", str(seconds), spec, spec]
+    command = [sys.executable, "-m", "ixy_numba.fwd", "--json", "--duration", str(seconds), *FORMS[form], spec, spec]
     done = subprocess.run(command, capture_output=True, text=True, env=worker_environment(mode), cwd=ROOT)
     if done.returncode:
         raise IxyError(f"{' '.join(command[1:])} ended with code {done.returncode}: {done.stderr.strip()[-200:]}")
@@ -68,19 +69,19 @@ def measure(quick):
         raise Unavailable("endtoend: needs two processors, one for the driver and one for the model; only one is here")
     say("endtoend: driver and simulated NICs on two processors …")
     ceiling = in_worker(TABLE, "checked")
-    runs = {(mode, load): [] for mode in MODES for load in LOADS}
-    for mode in MODES:
-        forward(mode, LOADS["line"], 0)  # compiles
+    runs = {(mode, form, load): [] for mode in MODES for form in FORMS for load in LOADS}
+    for mode, form, load in runs:
+        forward(mode, form, LOADS[load], 0)  # compiles
     for _ in range(QUICK_TURNS if quick else TURNS):
-        for mode, load in runs:
-            runs[mode, load].append(forward(mode, LOADS[load], QUICK_SECONDS if quick else SECONDS))
-    return [row(mode, load, found, ceiling) for (mode, load), found in runs.items()]
+        for mode, form, load in runs:
+            runs[mode, form, load].append(forward(mode, form, LOADS[load], QUICK_SECONDS if quick else SECONDS))
+    return [row(*key, found, ceiling) for key, found in runs.items()]
 
 
-def row(mode, load, found, ceiling):
+def row(mode, form, load, found, ceiling):
     mpps = [run["mpps"] for run in found]
     errors = sum(port["sequence_errors"] for run in found for port in run["ports"])
-    return {"table": TABLE, "variant": "fused" if mode == "checked" else "fused_fast", "load": load, "batch_size": 32,
+    return {"table": TABLE, "variant": form if mode == "checked" else f"{form}_fast", "load": load, "batch_size": 32,
             "mpps": round(float(np.median(mpps)), 3), "min": round(min(mpps), 3), "max": round(max(mpps), 3),
             "ceiling_mpps": round(ceiling, 3), "share_of_ceiling": round(float(np.median(mpps)) / ceiling, 3),
             "sequence_errors": errors}

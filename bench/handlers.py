@@ -21,7 +21,7 @@ def measure(quick):
 def worker(quick):
     clock, made = clock_cost(), []
     for handler in EFFECTS:
-        players = verified(contestants(handler, forms=("fused",)), (BATCH_SIZE,))
+        players = verified(contestants(handler, forms=("fused", "in_place")), (BATCH_SIZE,))
         found = compete(players, WARM, BATCH_SIZE, QUICK_RUNS if quick else RUNS, clock)
         made += rows(TABLE, found, handler=handler, state=WARM, batch_size=BATCH_SIZE)
     return made

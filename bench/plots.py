@@ -8,7 +8,7 @@ from .common import HERE, Unavailable
 from .latency import SUSTAINED
 
 PUBLISHED = HERE / "published_throughput.csv"
-SOURCE = "Emmerich et al. 2019, another machine with a real NIC, 3.3 GHz"
+SOURCE = "published in 2019: a real NIC, 3.3 GHz"
 STYLES = {  # variant: label, colour, line
     "in_place": ("Numba, in place", "tab:red", "-"), "fused": ("Numba, handler", "tab:orange", "-"),
     "batch": ("Numba, batch verbs", "tab:purple", "-"),
@@ -34,9 +34,11 @@ def draw(table, rows, info, path):
     require()
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     FIGURES[table]([row for row in rows if row["table"] == table], info, axes)
     axes.grid(True, which="major", linewidth=0.4, alpha=0.6)
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", fontsize=6.5, ncols=3, frameon=False)
     try:
         figure.savefig(path, dpi=150, metadata={"Software": None})
     except (OSError, ValueError) as error:
@@ -62,13 +64,11 @@ def throughput(rows, info, axes):
         axes.plot(*zip(*points, strict=True), ":", color="grey", linewidth=1,
                   label=SOURCE if language == "C" else None)
         if language in ("C", "Python"):  # the others lie between
-            axes.annotate(language, points[-1], xytext=(4, -3), textcoords="offset points", fontsize=7, color="grey")
+            axes.annotate(language, points[-1], xytext=(-14, 4), textcoords="offset points", fontsize=7, color="grey")
     axes.set(xscale="log", yscale="log", xlabel="Batch size",
              ylabel=f"Packet rate of the driver alone [Mpps at {ghz} GHz]")
     sizes = sorted({row["batch_size"] for row in warm})
     axes.set_xticks(sizes, map(str, sizes))
-    axes.minorticks_off()
-    axes.legend(fontsize=6.5, ncols=2)
 
 
 def latency(rows, info, axes):
@@ -78,15 +78,13 @@ def latency(rows, info, axes):
             continue
         percentiles = {float(p): value for p, value in row["us"].items() if p != "max"}
         line = {1: "-", 10: "--", 20: ":"}[row["offered_mpps"]]
-        colour = {"fused": "tab:orange", "empty_loop": "grey"}.get(row["variant"], "black")
+        colour = {"fused": "tab:orange", "in_place": "tab:red", "empty_loop": "grey"}.get(row["variant"], "black")
         colour = "tab:cyan" if row["variant"].startswith("same_design") else colour
         axes.plot([1 / (1 - p / 100) for p in percentiles], percentiles.values(), line, color=colour, marker="o",
                   markersize=3, label=f"{row['variant']}, {row['offered_mpps']} Mpps")
     axes.set(xscale="log", yscale="log", xlabel="Percentile", ylabel="Latency [us]")
     marks = (50, 90, 99, 99.9, 99.99, 99.999, 99.9999)
     axes.set_xticks([1 / (1 - p / 100) for p in marks], [f"{p:g}" for p in marks])
-    axes.minorticks_off()
-    axes.legend(fontsize=6.5)
 
 
 FIGURES = {"throughput": throughput, "latency": latency}

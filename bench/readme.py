@@ -116,7 +116,7 @@ def _startup(rows):
 
 
 def _size(rows):
-    lines = [[f"ixy_numba: {row['variant']}", row["lines"], 0, row["gzip_kb"]] for row in rows]
+    lines = [[size.label(row["variant"]), row["lines"], 0, row["gzip_kb"]] for row in rows]
     return markdown(["source", "lines", "of C", "gzip -6 kB"],
                     [*lines, *([f"{language} (published)", *rest] for language, *rest in size.PUBLISHED)])
 

@@ -17,10 +17,13 @@ PARTS = {
                "ixy_numba/drivers/ixgbe/descriptors.py", "ixy_numba/drivers/ixgbe/setup.py",
                "ixy_numba/drivers/ixgbe/kernels.py", "ixy_numba/device.py", "ixy_numba/datapath.py",
                "ixy_numba/bus/__init__.py"),
-    "core": tuple(f"ixy_numba/core/{name}.py" for name in
-                  ("__init__", "errors", "jit", "memory", "mmio", "packet", "pool", "registers")),
+    "core": tuple(f"ixy_numba/core/{name}.py" for name in (
+        "__init__", "errors", "jit", "libc", "memory", "mmio", "packet", "pool", "raw", "registers", "thread")),
     "forwarder": ("ixy_numba/__init__.py", "ixy_numba/cli.py", "ixy_numba/forwarder.py", "ixy_numba/fwd.py"),
 }
+# Not in the total, as the published table leaves out what not every driver has.
+EXTRAS = {"in_place": ("ixy_numba/in_place.py", "ixy_numba/drivers/ixgbe/in_place.py")}
+CONSTANTS = "ixy_numba/drivers/ixgbe/regs.py"
 # The published Table 7: language, lines, lines of C among the sources, kB after gzip -6
 PUBLISHED = (("C", 831, 831, 12.9), ("Rust", 961, 0, 10.4), ("Go", 1640, 0, 20.6), ("C#", 1266, 34, 13.1),
              ("Java", 2885, 188, 31.8), ("OCaml", 1177, 28, 12.3), ("Haskell", 1001, 0, 9.6), ("Swift", 1506, 0, 15.9),
@@ -52,7 +55,7 @@ def cloc(paths):
 
 def measure(quick):
     made, everything = [], [path for paths in PARTS.values() for path in paths]
-    for part, names in {**PARTS, "total": everything}.items():
+    for part, names in {**PARTS, "total": everything, **EXTRAS}.items():
         paths = [ROOT / name for name in names]
         made.append({"table": TABLE, "variant": part, "files": len(paths), "cloc": cloc(paths),
                      "lines": sum(lines_of_code(path.read_text()) for path in paths),
@@ -60,8 +63,12 @@ def measure(quick):
     return made
 
 
+def label(part):
+    return f"ixy_numba: {part}" + ", on top" * (part in EXTRAS)
+
+
 def show(found):
-    rows = {f"ixy_numba: {row['variant']}": (row["lines"], 0, row["gzip_kb"]) for row in found}
+    rows = {label(row["variant"]): (row["lines"], 0, row["gzip_kb"]) for row in found}
     rows |= {f"{language} (published)": tuple(values) for language, *values in PUBLISHED}
     columns = ("lines", "of C", "gzip -6 kB")
     counted = {row["variant"]: row["cloc"] for row in found}["total"]

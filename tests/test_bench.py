@@ -60,9 +60,10 @@ def test_ours_forwards_correctly(form, eviction):
     assert [fault for batch in (1, 32, 256) for fault in player.verify(batch)] == []
 
 
+@pytest.mark.parametrize("form", ["fused", "in_place"])
 @pytest.mark.parametrize("handler", ["mac_swap", "udp_filter"])
-def test_handlers_do_what_the_rivals_do(handler, eviction):
-    assert contest.Contestant(ours.Ours("fused", handler), eviction).verify(32) == []
+def test_handlers_do_what_the_rivals_do(handler, form, eviction):
+    assert contest.Contestant(ours.Ours(form, handler), eviction).verify(32) == []
 
 
 @needs_compiler
@@ -254,6 +255,16 @@ def test_lines_of_code_are_counted_as_cloc_counts_them():
     if rows["total"]["cloc"] is None:
         pytest.skip("cloc is not installed: only the sum was checked")
     assert rows["total"]["cloc"] == pytest.approx(rows["total"]["lines"], rel=0.01)
+
+
+def test_all_that_the_forwarder_loads_is_counted():
+    code = ("import sys, ixy_numba.fwd, ixy_numba.drivers.ixgbe; "
+            "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('ixy_numba')))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {str(Path(path).relative_to(ROOT)) for path in done.stdout.split()}
+    counted = {name for names in [*size.PARTS.values(), *size.EXTRAS.values()] for name in names}
+    assert loaded - counted == {size.CONSTANTS}
+    assert all((ROOT / name).exists() for name in counted)
 
 
 def test_published_figures_are_whole():
