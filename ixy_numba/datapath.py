@@ -27,7 +27,7 @@ from .core.libc import yield_processor
 from .core.memory import new_record
 from .core.mmio import cycles, likely, load_acquire, pause
 from .core.packet import packet_type, view
-from .core.pool import ADDRESS_MASK, BUFFER_SIZE, ONE, ZERO, U, take, word_of
+from .core.pool import ADDRESS_SHIFT, BUFFER_SIZE, ONE, ZERO, U, take, word_of
 
 EMPTY = U(1 << 16)  # what rx_next says instead of a length; 16 bits of a descriptor cannot be mistaken for it
 # In every driver's transmit state: since when (in cycles) the ring has been full, noted by forward_loop, 0 again when
@@ -349,7 +349,7 @@ def _pass(rxq, txqs, lane, arrival):
     taken, verdict = ZERO, control.verdict[arrival]
     while taken < limit:
         if verdict == _UNDECIDED:
-            n, verdict = _run_to(txqs, control.output[arrival], rxq, lane, limit - taken, arrival)
+            n, verdict = _run_to(txqs, 0, rxq, lane, limit - taken, arrival)
             taken += n
             if verdict == _UNDECIDED:
                 break
@@ -363,33 +363,37 @@ def _pass(rxq, txqs, lane, arrival):
 forward_pass, _inlined_pass = kernel(_pass), kernel(_pass, inline=True)
 
 
-def _run_to(txqs, output, rxq, lane, limit, arrival):
-    """`_run` with the queue of `output`."""
-    return _run(rxq, txqs[output], lane, limit, arrival)
+def _run_to(txqs, port, rxq, lane, limit, arrival):
+    """`_run` with the queue of the last output; the first of `txqs` is that of `port`."""
+    output = lane.control.output[arrival]
+    return _run(rxq, txqs[output - port], lane, limit, (arrival, output))
 
 
 @overload(_run_to, jit_options=_UNROLLED)
-def _run_to_compiled(txqs, output, rxq, lane, limit, arrival):
+def _run_to_compiled(txqs, port, rxq, lane, limit, arrival):
     if len(txqs) == 1:
-        return lambda txqs, output, rxq, lane, limit, arrival: _run(rxq, txqs[0], lane, limit, arrival)
+        return lambda txqs, port, rxq, lane, limit, arrival: _run(rxq, txqs[0], lane, limit, (arrival, port))
 
-    def unrolled(txqs, output, rxq, lane, limit, arrival):
-        if output == 0:
-            return _run(rxq, txqs[0], lane, limit, arrival)
-        return _run_to(txqs[1:], output - 1, rxq, lane, limit, arrival)
+    def unrolled(txqs, port, rxq, lane, limit, arrival):
+        if lane.control.output[arrival] == port:
+            return _run(rxq, txqs[0], lane, limit, (arrival, port))
+        return _run_to(txqs[1:], port + 1, rxq, lane, limit, arrival)
 
     return unrolled
 
 
 @kernel(inline=True)
-def _run(rxq, txq, lane, limit, arrival):
-    """Packets of `rxq` in order, as long as they go to the last output, `txq`, or nowhere; returns how many.
+def _run(rxq, txq, lane, limit, route):
+    """Packets of `rxq` in order, as long as they go to `txq` or nowhere; returns how many.
+
+    `route` is the ports that they come in and go out: constants once this is inlined, so that a handler which always
+    says the same costs nothing to ask.
 
     The second result is the verdict that ended this, on the packet that is then at the head of the ring, or _FULL when
     `txq` or the pool had no room at all. A buffer that is sent is replaced from the pool, one that is dropped stays.
     """
     control, table = lane.control, rxq.pool.table
-    output, verdict = control.output[arrival], np.int64(_UNDECIDED)
+    (arrival, output), verdict = route, np.int64(_UNDECIDED)
     room = tx_space(txq)
     top = table.top
     room = min(room, top)
@@ -407,7 +411,7 @@ def _run(rxq, txq, lane, limit, arrival):
         rx_prefetch(rxq, i + PREFETCH)
         verdict = _decide(lane, view(rxq.pool.memory, index, length, arrival))
         if verdict == output:
-            tail = tx_post(txq, tail, index, word_of(table, index) & ADDRESS_MASK, length)
+            tail = tx_post(txq, tail, index, word_of(table, index) >> ADDRESS_SHIFT, length)
             index = take(table, top)
             top -= ONE
         elif verdict != DROP:
@@ -499,7 +503,7 @@ def _send(txq, index, length):
     if table.top == ZERO:
         table.empty += ONE
         return _WAITS
-    tx_finish(txq, tx_post(txq, tx_start(txq), index, word_of(table, index) & ADDRESS_MASK, length))
+    tx_finish(txq, tx_post(txq, tx_start(txq), index, word_of(table, index) >> ADDRESS_SHIFT, length))
     instead = take(table, table.top)
     table.top -= ONE
     return instead

@@ -36,13 +36,13 @@ class DmaMemory:
             raise UsageError(f"DMA memory of {size} bytes: expected at least 1")
         if size > LARGEST:
             raise DmaError(f"DMA memory of {size} bytes: expected at most 1 GiB a region")
-        self._map, self.page_size = _map(size, needs)
-        self.size = len(self._map)
+        self._map, used, self.page_size = _map(size, needs)
+        self.size = len(used)
         if not _iovas:
             raise DmaError("DMA memory: all 508 regions are in use; close the devices and pools that are not needed")
         self.iova = _iovas.popleft()
         self._give_back = weakref.finalize(self, _iovas.append, self.iova)
-        self.array = np.frombuffer(self._map, np.uint8)
+        self.array = used
         self._taken = 0
 
     @property
@@ -70,7 +70,7 @@ class DmaMemory:
         try:
             self._map.close()
         except BufferError:  # somebody holds a view: keep the addresses, drop the pages
-            _libc.munlock(*_extent(self._map))
+            _libc.munlock(*_extent(np.frombuffer(self._map, np.uint8)))
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def _open(self):
@@ -92,27 +92,32 @@ def new_record(dtype):
 
 
 def _map(size, needs):
-    """(mapping, page size): huge pages first, then what `needs` leaves."""
+    """(mapping, the part of it to use as uint8, page size): huge pages first, then what `needs` leaves."""
     rounded = -(-size // HUGE_PAGE) * HUGE_PAGE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
     try:
-        return mmap.mmap(-1, rounded, flags=flags | _MAP_HUGETLB | _MAP_HUGE_2MB), HUGE_PAGE
+        memory = mmap.mmap(-1, rounded, flags=flags | _MAP_HUGETLB | _MAP_HUGE_2MB)
+        return memory, np.frombuffer(memory, np.uint8), HUGE_PAGE
     except OSError:
         if needs == HUGE:
             pages = rounded // HUGE_PAGE
             raise DmaError(f"DMA memory: {pages} free huge pages of 2 MiB needed, fewer are there; set them up: "
                            f"echo {pages + 64} > /proc/sys/vm/nr_hugepages (as root)") from None
     size = -(-size // PAGE) * PAGE
+    slack = HUGE_PAGE if size >= HUGE_PAGE else 0  # addresses, not memory: to begin where a huge page can
     try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, size + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise DmaError(f"DMA memory of {size} bytes: {error.strerror}; free some memory or ask for less") from None
-    if size >= HUGE_PAGE:
+    used = np.frombuffer(memory, np.uint8)
+    if slack:
+        start = -used.ctypes.data % HUGE_PAGE
+        used = used[start : start + size]
         memory.madvise(mmap.MADV_HUGEPAGE)  # fewer TLB misses where the kernel has such pages to give
-    if _libc.mlock(*_extent(memory)) and needs == LOCKED:
+    if _libc.mlock(*_extent(used)) and needs == LOCKED:
         raise DmaError(f"DMA memory: cannot lock {size} bytes; raise the limit (ulimit -l) or set up huge pages")
-    return memory, PAGE
+    return memory, used, PAGE
 
 
-def _extent(memory):
-    return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory))), ctypes.c_size_t(len(memory))
+def _extent(array):
+    return ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(len(array))

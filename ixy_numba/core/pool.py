@@ -6,7 +6,7 @@ A packet in an application's hands is one `uint64`, its handle:
     bits 32..47  the frame's length in bytes
     bits 48..62  the buffer's generation; its low 4 bits are the pool's id
 
-The pool's table has one word a buffer, `generation << 48 | device address`, so that one load serves both the descriptor
+The pool's table has one word a buffer, `device address << 16 | generation`, so that one load serves both the descriptor
 and the check. The generation moves on when a buffer leaves the application (sent or freed): a handle kept from before,
 a handle freed twice, or one of another pool no longer matches, is counted in `bad_handles` and otherwise ignored.
 """
@@ -23,7 +23,8 @@ from .memory import ANY, DmaMemory, new_record
 U = np.uint64
 ZERO, ONE = U(0), U(1)
 INDEX_MASK, LENGTH_SHIFT, LENGTH_MASK = U(0xFFFFFFFF), U(32), U(0xFFFF)
-ADDRESS_MASK, GENERATION_MASK, NEXT_GENERATION = U((1 << 48) - 1), U(0x7FFF << 48), U(16 << 48)
+ADDRESS_SHIFT, GENERATION_SHIFT, GENERATION_MASK = U(16), U(48), U(0x7FFF)
+NEXT_GENERATION, CARRY = U(16), U(0x8000)  # bit 15 is always 0: what the generation carries into it is taken off
 
 BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
 BUFFER_STRIDE = 2176  # no power of two: neighbouring packets do not fight for the same cache sets
@@ -63,7 +64,7 @@ class Pool:
             ("bad_handles", "u8"), ("empty", "u8"),  # refused handles; batches that an empty pool ended early
             ("word", "u8", (slots,)), ("free", "u4", (slots,))]))
         self.id = next(_ids) % 16
-        table.word = self.id << 48
+        table.word = self.id
         self.view = PoolView(table, buffers)
         self._addresses = None
 
@@ -96,7 +97,7 @@ class Pool:
         end = np.arange(self.count) * BUFFER_STRIDE + BUFFER_SIZE - 1
         last = addresses[end // page] + end % page
         usable = np.flatnonzero(last - first == BUFFER_SIZE - 1)
-        table.word[: self.count] |= first.astype(np.uint64)
+        table.word[: self.count] |= first.astype(np.uint64) << ADDRESS_SHIFT
         table.free[: len(usable)] = usable[::-1]
         table.top = len(usable)
         self.usable = len(usable)
@@ -134,8 +135,8 @@ def owns(pool, handle):
     """Whether `handle` is a packet of this pool that the application still holds. Checked mode only; fast says True."""
     if CHECKED:
         index = handle & INDEX_MASK
-        differs = (word_of(pool.table, index) ^ handle) >> U(48)
-        return index < U(len(pool.memory.buffer)) and differs == ZERO
+        generation = word_of(pool.table, index) & GENERATION_MASK
+        return index < U(len(pool.memory.buffer)) and generation == handle >> GENERATION_SHIFT
     return True
 
 
@@ -156,8 +157,8 @@ def leave(table, index):
     """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
     word = word_of(table, index)
     if CHECKED:
-        table.word[index & U(len(table.word) - 1)] = (word + NEXT_GENERATION) & (GENERATION_MASK | ADDRESS_MASK)
-    return word & ADDRESS_MASK
+        table.word[index & U(len(table.word) - 1)] = (word + NEXT_GENERATION) & ~CARRY
+    return word >> ADDRESS_SHIFT
 
 
 @kernel
@@ -172,7 +173,7 @@ def alloc_batch(pool, batch, limit):
         table.empty += ONE
     for k in range(n):
         index = take(table, table.top - k)
-        batch.packet[k] = index | word_of(table, index) & GENERATION_MASK
+        batch.packet[k] = index | word_of(table, index) << GENERATION_SHIFT
     table.top -= n
     return n
 

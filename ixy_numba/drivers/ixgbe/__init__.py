@@ -4,7 +4,7 @@ import numpy as np
 
 from ...core.errors import DmaError, UsageError
 from ...core.memory import DmaMemory, new_record, record
-from ...core.pool import ADDRESS_MASK, GENERATION_MASK, INDEX_MASK
+from ...core.pool import ADDRESS_SHIFT
 from ...core.registers import Registers
 from ...device import Device, Statistics
 from . import descriptors, kernels, setup
@@ -84,9 +84,8 @@ class Ixgbe(Device):
         """The queue's records, with a buffer of its pool in every descriptor."""
         pool, state = self.pools[k], new_record(kernels.rx_state(self.ring_size))
         buffers = pool.reserve(self.ring_size)
-        words = pool.view.table.word[buffers]
-        state.held = buffers.astype(np.uint64) | words & GENERATION_MASK
-        ring.desc["addr"] = words & ADDRESS_MASK
+        state.held = buffers
+        ring.desc["addr"] = pool.view.table.word[buffers] >> ADDRESS_SHIFT
         return kernels.RxQueue(ring, state, self._registers_of(r.RX_QUEUE, k, kernels.RX_REGISTERS), pool.view)
 
     def _transmit_queue(self, k, ring):
@@ -102,7 +101,7 @@ class Ixgbe(Device):
         for k, (rxq, txq) in enumerate(zip(self.rx, self.tx, strict=True)):
             clean, tail = int(txq.state.clean), int(txq.state.tail)
             unsent = np.arange(clean, tail + self.ring_size * (tail < clean)) % self.ring_size
-            held[k] = np.concatenate([rxq.state.held & INDEX_MASK, txq.state.held[unsent]]).astype(np.uint32)
+            held[k] = np.concatenate([rxq.state.held, txq.state.held[unsent]])
         if self._memory is not None:
             self.bus.unmap_dma(self._memory)
             self._memory.close()

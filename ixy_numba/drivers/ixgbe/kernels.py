@@ -8,9 +8,9 @@ from ... import datapath
 from ...core.jit import kernel
 from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
 from ...core.pool import (
-    ADDRESS_MASK,
+    ADDRESS_SHIFT,
     BUFFER_SIZE,
-    GENERATION_MASK,
+    GENERATION_SHIFT,
     INDEX_MASK,
     LENGTH_MASK,
     LENGTH_SHIFT,
@@ -26,6 +26,8 @@ from ...core.pool import (
 )
 from .descriptors import DATA, DD, EOP, ERROR, LENGTH, ONE_BUFFER, PAYLEN_SHIFT, RS, SENT
 
+STATUS = U(0xFFFFFFFF)
+TOO_LONG = U((0x10000 - BUFFER_SIZE) << 32)  # the bits of a length that is 2048 or more
 BLOCK = U(32)  # transmit descriptors that complete together: only the last of each block reports its status
 
 # The registers of one queue, mapped from BAR 0: kernels only ever write the tail.
@@ -34,8 +36,8 @@ TX_REGISTERS = np.dtype({"names": ["TDT"], "formats": ["u4"], "offsets": [0x18],
 
 
 def rx_state(size):
-    """Software's side of a receive ring: the next descriptor, and which buffer (as a handle) lies in each."""
-    return np.dtype([("index", "u8"), ("errors", "u8"), ("held", "u8", (size,))])
+    """Software's side of a receive ring: the next descriptor, and which buffer lies in each."""
+    return np.dtype([("index", "u8"), ("errors", "u8"), ("held", "u4", (size,))])
 
 
 def tx_state(size):
@@ -73,19 +75,15 @@ def rx_batch(rxq, batch, limit):
         if top == ZERO:
             table.empty += ONE
             break
-        index = state.held[i] & INDEX_MASK  # if there is nothing to hand out: the same buffer again
+        index = rx_buffer(rxq, i)  # if there is nothing to hand out: the same buffer again
         if likely(sound(done)):
-            batch.packet[n] = state.held[i] | (done & LENGTH)
+            batch.packet[n] = index | (done & LENGTH) | word_of(table, index) << GENERATION_SHIFT
             n += ONE
             index = take(table, top)
             top -= ONE
         else:
             state.errors += ONE
-        word = word_of(table, index)
-        state.held[i] = index | word & GENERATION_MASK
-        desc.addr = word & ADDRESS_MASK
-        desc.done = ZERO
-        i = (i + ONE) & mask
+        i = rx_refill(rxq, i, index)
         seen += ONE
     if seen != ZERO:
         table.top, state.index = top, i
@@ -96,7 +94,8 @@ def rx_batch(rxq, batch, limit):
 @kernel(inline=True)
 def sound(done):
     """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
-    return done & (DD | EOP | ERROR) == DD | EOP and fits(done >> LENGTH_SHIFT & LENGTH_MASK)
+    # In one comparison, of the length less 1 (modulo 2**16: an empty frame is then far too long).
+    return ((done & (STATUS | LENGTH)) + LENGTH) & (DD | EOP | ERROR | TOO_LONG) == DD | EOP
 
 
 @kernel(inline=True)
@@ -155,23 +154,22 @@ def rx_broken(rxq, i):
 @datapath.rx_prefetch.implement(RxQueue)
 @kernel(inline=True)
 def rx_prefetch(rxq, i):
-    index = rxq.state.held[i & U(len(rxq.ring.desc) - 1)] & INDEX_MASK
+    index = rx_buffer(rxq, i & U(len(rxq.ring.desc) - 1))
     prefetch(rxq.pool.memory.buffer[index], "octets")
 
 
 @datapath.rx_buffer.implement(RxQueue)
 @kernel(inline=True)
 def rx_buffer(rxq, i):
-    return rxq.state.held[i] & INDEX_MASK
+    return U(rxq.state.held[i]) & U(len(rxq.pool.table.word) - 1)
 
 
 @datapath.rx_refill.implement(RxQueue)
 @kernel(inline=True)
 def rx_refill(rxq, i, index):
     desc = rxq.ring.desc[i]
-    word = word_of(rxq.pool.table, index)
-    rxq.state.held[i] = index | word & GENERATION_MASK
-    desc.addr = word & ADDRESS_MASK
+    rxq.state.held[i] = index
+    desc.addr = word_of(rxq.pool.table, index) >> ADDRESS_SHIFT
     desc.done = ZERO
     return (i + ONE) & U(len(rxq.ring.desc) - 1)
 
