@@ -105,7 +105,7 @@ def _latency(rows):
 def _endtoend(rows):
     lines = [[_name(row["variant"]), row["load"], row["mpps"], f"{row['min']} to {row['max']}", row["ceiling_mpps"]]
              for row in rows]
-    return markdown(["two processors, batch 32", "load", "Mpps", "runs", "model alone"], lines)
+    return markdown(["two processors, batch 32", "load", "Mpps (simulated NICs)", "runs", "model alone"], lines)
 
 
 def _startup(rows):

@@ -92,7 +92,7 @@ def rx_view(rxq, i, length, arrival):
 @in_place.resend.implement(RxQueue)
 @kernel(inline=True)
 def resend(rxq, i, length):
-    # A descriptor without data is a null descriptor (7.2.3.2.2): between packets, with EOP, it transfers nothing.
+    # DEVIATION(null-descriptors): a dropped packet is a descriptor without data (7.2.3.2.2), between packets, with EOP.
     rxq.line.desc[i].word = length | ONE_BUFFER  # DD is clear again
     return (i + ONE) & U(len(rxq.line.desc) - 1)
 
