@@ -41,6 +41,6 @@ def measure(quick):
 
 def show(found):
     row, = found
-    return [f"{row['packets']} packets forwarded between two simulated NICs, {row['mpps']} Mpps: "
-            f"{row['sequence_errors']} sequence errors, {row['dma_faults']} DMA faults, {row['buffers_back']} of {row['buffers']} buffers back, "
-            f"peak memory {row['peak_mib']} MiB (simulated)"]
+    return [f"{row['packets']} packets forwarded between two simulated NICs, {row['mpps']} Mpps (simulated)",
+            f"{row['sequence_errors']} sequence errors, {row['dma_faults']} DMA faults, {row['buffers_back']} of "
+            f"{row['buffers']} buffers back, peak memory {row['peak_mib']} MiB"]
