@@ -26,9 +26,10 @@ def now_ns(clock):
         turn = load_acquire(clock, "turn")
         state = turn & ONE
         since, ns, multiplier = clock.cycles[state], clock.ns[state], clock.multiplier[state]
+        now = cycles()  # before the check: a thread that sleeps here must not stretch an old state over a new one
         fence_acquire()
         if load_acquire(clock, "turn") == turn:  # else the state may have been overwritten while we read it
-            return ns + _scaled(cycles(), since, multiplier)
+            return ns + _scaled(now, since, multiplier)
 
 
 @kernel(inline=True)
