@@ -30,13 +30,27 @@ from numba.core.dispatcher import Dispatcher
 
 from .errors import UsageError
 
-MODE = os.environ.get("IXY_NUMBA_MODE", "checked")
-if MODE not in ("checked", "fast"):
-    _message = f"IXY_NUMBA_MODE is {MODE!r}: expected 'checked' (the default) or 'fast'"
-    if sys.argv[:1] == ["-m"]:  # `python -m ixy_numba.fwd` is importing us: nobody is there to catch an exception
-        print(f"error: {_message}", file=sys.stderr)
+PROTECTIONS = ("memory_bounds", "memory_use_after_free", "packet_bounds", "packet_use_after_free", "integer_overflow")
+
+
+def _chosen():
+    """(mode, protections): IXY_NUMBA_MODE, less what IXY_NUMBA_WITHOUT leaves out for tests and measurements."""
+    mode, without = os.environ.get("IXY_NUMBA_MODE", "checked"), os.environ.get("IXY_NUMBA_WITHOUT", "")
+    left_out = set(filter(None, without.split(",")))
+    message = None
+    if mode not in ("checked", "fast"):
+        message = f"IXY_NUMBA_MODE is {mode!r}: expected 'checked' (the default) or 'fast'"
+    elif not left_out <= set(PROTECTIONS):
+        message = f"IXY_NUMBA_WITHOUT is {without!r}: expected names from {', '.join(PROTECTIONS)}, separated by commas"
+    if message and sys.argv[:1] == ["-m"]:  # `python -m ixy_numba.fwd` is importing us: nobody is there to catch it
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(UsageError.exit_code)
-    raise UsageError(_message)
+    if message:
+        raise UsageError(message)
+    return mode, frozenset() if mode == "fast" else frozenset(PROTECTIONS) - left_out
+
+
+MODE, PROTECTED = _chosen()  # PROTECTED: what the kernels are compiled to check
 CHECKED = MODE == "checked"
 INTERPRETED = bool(config.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is a plain Python function
 
@@ -54,7 +68,7 @@ def kernel(function=None, *, inline=False):
         return functools.partial(kernel, inline=inline)
     if INTERPRETED:
         return function
-    compiled = numba.njit(nogil=True, boundscheck=CHECKED, forceinline=inline)(function)
+    compiled = numba.njit(nogil=True, boundscheck="memory_bounds" in PROTECTED, forceinline=inline)(function)
     cache = _cache_for(function, inline)
     if cache is not None:
         compiled._cache = cache
@@ -133,6 +147,7 @@ def cache_directory():
     digest = hashlib.sha256()
     for source in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(source.relative_to(PACKAGE)).encode() + source.read_bytes())
+    digest.update(" ".join(sorted(PROTECTED)).encode())
     leaf = f"{MODE}-{'boundscheck-' if config.BOUNDSCHECK else ''}{digest.hexdigest()[:16]}"
     places = (config.CACHE_DIR and os.path.abspath(config.CACHE_DIR), os.environ.get("XDG_CACHE_HOME", ""),
               os.path.expanduser("~/.cache"))

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from .jit import CHECKED, INTERPRETED
+from .jit import INTERPRETED, PROTECTED
 
 MACHINE = platform.machine()
 if MACHINE not in ("x86_64", "aarch64") and not INTERPRETED:
@@ -103,7 +103,7 @@ def _pointer(context, builder, where, key, values, llvm_type):
         return cgutils.get_record_member(builder, values[0], where.offset(key.literal_value), llvm_type)
     array = context.make_array(where)(context, builder, values[0])
     index = context.cast(builder, values[1], key, types.intp if types.unliteral(key).signed else types.uintp)
-    if CHECKED:  # a negative index is a huge unsigned one
+    if "memory_bounds" in PROTECTED:  # a negative index is a huge unsigned one
         outside = builder.icmp_unsigned(">=", index, cgutils.unpack_tuple(builder, array.shape)[0])
         with builder.if_then(outside, likely=False):
             context.call_conv.return_user_exc(builder, IndexError, ("ordered access outside the array",))

@@ -32,9 +32,9 @@ from numba.extending import (
     unbox,
 )
 
-from .jit import CHECKED, INTERPRETED
+from .jit import INTERPRETED, PROTECTED
 from .mmio import _call
-from .pool import BUFFER_SIZE, INDEX_MASK, LENGTH_MASK, LENGTH_SHIFT, U, kernel, owns
+from .pool import BUFFER_SIZE, GENERATIONS, INDEX_MASK, LENGTH_MASK, LENGTH_SHIFT, U, kernel, owns
 
 _OUTSIDE, _SLICE = "access outside the packet", "slice outside the packet"
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
@@ -63,7 +63,7 @@ def _struct(context, builder, value=None):
 
 
 def _refuse(context, builder, condition, message):
-    if CHECKED:
+    if "packet_bounds" in PROTECTED:
         with builder.if_then(condition, likely=False):
             context.call_conv.return_user_exc(builder, IndexError, (message,))
 
@@ -324,7 +324,7 @@ def packet(pool, handle):
     freed; keep the handle, not the view.
     """
     length = handle >> LENGTH_SHIFT & LENGTH_MASK
-    if CHECKED and (not owns(pool, handle) or length > U(BUFFER_SIZE)):
+    if GENERATIONS and (not owns(pool, handle) or length > U(BUFFER_SIZE)):
         raise IndexError("this handle is no packet of the application's: sent, freed, of another pool or forged")
     return view(pool.memory, handle & INDEX_MASK, length, 0)
 

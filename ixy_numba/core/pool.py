@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import ClosedError, DmaError, UsageError
-from .jit import CHECKED, kernel
+from .jit import PROTECTED, kernel
 from .memory import ANY, DmaMemory, new_record
 
 U = np.uint64
@@ -29,6 +29,7 @@ NEXT_GENERATION, CARRY = U(16), U(0x8000)  # bit 15 is always 0: what the genera
 BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
 BUFFER_STRIDE = 2176  # no power of two: neighbouring packets do not fight for the same cache sets
 MAX_BATCH = 256
+GENERATIONS = "packet_use_after_free" in PROTECTED
 
 _BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
 BATCH = np.dtype([("packet", "u8", (MAX_BATCH,))])
@@ -132,8 +133,8 @@ class Pool:
 
 @kernel(inline=True)
 def owns(pool, handle):
-    """Whether `handle` is a packet of this pool that the application still holds. Checked mode only; fast says True."""
-    if CHECKED:
+    """Whether `handle` is a packet of this pool that the application still holds. IXY_NUMBA_MODE=fast: always."""
+    if GENERATIONS:
         index = handle & INDEX_MASK
         generation = word_of(pool.table, index) & GENERATION_MASK
         return index < U(len(pool.memory.buffer)) and generation == handle >> GENERATION_SHIFT
@@ -156,7 +157,7 @@ def take(table, top):
 def leave(table, index):
     """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
     word = word_of(table, index)
-    if CHECKED:
+    if GENERATIONS:
         table.word[index & U(len(table.word) - 1)] = (word + NEXT_GENERATION) & ~CARRY
     return word >> ADDRESS_SHIFT
 
