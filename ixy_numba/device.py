@@ -173,7 +173,7 @@ class Device(ABC):
 def transient_pools(queues, ring_size, devices, bus):
     """A pool a queue, each enough for both rings of every device and batches in hand, in powers of two."""
     count = max(4096, 1 << (2 * ring_size * devices + 1024 - 1).bit_length())
-    return [Pool(count, bus.memory_needs, transient=True) for _ in range(queues)]
+    return [Pool(count, bus.memory_needs, True, bus.numa_node) for _ in range(queues)]
 
 
 def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, trace=None):

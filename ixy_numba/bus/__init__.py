@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 
+from ..core.memory import HUGE
+
 
 class Bus(ABC):
     """One device on one transport. `name` is the device's spec, for messages."""
@@ -10,7 +12,8 @@ class Bus(ABC):
     vendor, device = 0, 0  # PCI ids
     simulated = False
     finite = False  # whether what it receives comes to an end (a capture, a number of generated frames)
-    memory_needs = "2 MiB huge pages"  # of core.memory: ANY, LOCKED or HUGE
+    memory_needs = HUGE  # of core.memory: ANY, PINNED or HUGE
+    numa_node = None  # the one it is next to
     bar0 = None  # BAR 0 as a uint8 array, for the queues' doorbells in kernels
 
     @abstractmethod
