@@ -198,11 +198,12 @@ def reclaim(txq, clean):
     ring, state, table = txq.ring, txq.state, txq.pool.table
     mask = U(len(ring.desc) - 1)
     while (state.tail + mask + ONE - clean) & mask >= BLOCK:
-        if load_acquire(ring.desc[clean + BLOCK - ONE], "command") & SENT == ZERO:
+        block, top = clean & ~(BLOCK - ONE), table.top
+        if load_acquire(ring.desc[block + BLOCK - ONE], "command") & SENT == ZERO or top > U(len(table.free)) - BLOCK:
             break
         for k in range(BLOCK):
-            table.free[table.top + k] = state.held[clean + k]
-        table.top += BLOCK
+            table.free[top + k] = state.held[block | k]
+        table.top = top + BLOCK
         state.stalled = ZERO
         clean = (clean + BLOCK) & mask
     state.clean = clean
