@@ -220,15 +220,19 @@ def tx_start(txq):
 @kernel(inline=True)
 def tx_post(txq, tail, index, bus_addr, length):
     desc = txq.ring.desc[tail]
-    last_of_block = ((tail + ONE) & (BLOCK - ONE)) == ZERO
     txq.state.held[tail] = index
     desc.addr = bus_addr
-    desc.command = DATA | ONE_BUFFER | (RS if last_of_block else ZERO) | length | length << PAYLEN_SHIFT
+    desc.command = DATA | ONE_BUFFER | length | length << PAYLEN_SHIFT
     return (tail + ONE) & U(len(txq.ring.desc) - 1)
 
 
 @datapath.tx_finish.implement(TxQueue)
 @kernel(inline=True)
 def tx_finish(txq, tail):
+    ring, mask = txq.ring, U(len(txq.ring.desc) - 1)
+    block = txq.state.tail & mask & ~(BLOCK - ONE)
+    while (tail + mask + ONE - block) & mask >= BLOCK:
+        ring.desc[block + BLOCK - ONE].command |= RS
+        block = (block + BLOCK) & mask
     txq.state.tail = tail
     store_doorbell(txq.regs, "TDT", tail)
