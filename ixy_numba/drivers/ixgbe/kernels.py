@@ -199,7 +199,9 @@ def reclaim(txq, clean):
     mask = U(len(ring.desc) - 1)
     while (state.tail + mask + ONE - clean) & mask >= BLOCK:
         block, top = clean & ~(BLOCK - ONE), table.top
-        if load_acquire(ring.desc[block + BLOCK - ONE], "command") & SENT == ZERO or top > U(len(table.free)) - BLOCK:
+        if load_acquire(ring.desc[block + BLOCK - ONE], "command") & SENT == ZERO:
+            break
+        if top > U(len(table.free)) - BLOCK:  # never: it lets the compiler check, and move, a block at once
             break
         for k in range(BLOCK):
             table.free[top + k] = state.held[block | k]
@@ -230,7 +232,7 @@ def tx_post(txq, tail, index, bus_addr, length):
 @kernel(inline=True)
 def tx_finish(txq, tail):
     ring, mask = txq.ring, U(len(txq.ring.desc) - 1)
-    block = txq.state.tail & mask & ~(BLOCK - ONE)
+    block = txq.state.tail & mask & ~(BLOCK - ONE)  # RS is set here: a branch less for every packet
     while (tail + mask + ONE - block) & mask >= BLOCK:
         ring.desc[block + BLOCK - ONE].command |= RS
         block = (block + BLOCK) & mask
