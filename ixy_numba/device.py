@@ -285,6 +285,8 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
 
 def open_bus(spec):
     """The transport behind a device spec."""
+    if not spec.isprintable():  # a line break or a terminal's escape sequence would come out in every message
+        raise UsageError(f"device {spec!r}: expected printable characters only; rename the file or interface it names")
     if PCI_ADDRESS.fullmatch(spec):
         raise UsageError(f"{spec}: PCI devices are not supported yet, only simulated ones; try 'sim'")
     scheme, _, rest = spec.partition(":")
