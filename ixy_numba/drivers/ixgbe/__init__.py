@@ -59,13 +59,14 @@ class Ixgbe(Device):
     def _take_rings(self):
         """Memory for the rings: a (record, device address) per receive queue, and per transmit queue."""
         rings = 16 * self.ring_size * 2 * self.queues
-        self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs)
+        self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs,
+                                 self.bus.numa_node)
         addresses = self.bus.map_dma(self._memory)
         page = self._memory.page_size
         rx, tx = (descriptors.ring(kind, self.ring_size) for kind in (descriptors.RX, descriptors.TX))
 
         def take(dtype):
-            ring, iova = self._memory.take(dtype, align=128)
+            ring, iova = self._memory.take(dtype, align=dtype.itemsize)  # a power of two: never across huge pages
             start = iova - self._memory.iova
             address = int(addresses[start // page]) + start % page
             pages = addresses[start // page : (start + dtype.itemsize - 1) // page + 1].astype(np.int64)
