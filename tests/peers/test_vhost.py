@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -70,26 +70,36 @@ def wait_until_sent(back_end, port, packets):
     wait_for(lambda: back_end.statistics()[port]["tx_packets"] >= packets, f"{packets} packets out of port {port}")
 
 
-@contextlib.contextmanager
-def started(name, *args):
-    """An app of ours in the background; it must have ended by itself, or been waited for, when the block ends."""
-    process = subprocess.Popen([sys.executable, "-m", f"ixy_numba.{name}", *map(str, args)], text=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+class App:
+    """An app of ours in the background, `with App(…) as ours`: compiled and running once the block begins."""
 
+    def __init__(self, name, *args):
+        self.process = subprocess.Popen([sys.executable, "-m", f"ixy_numba.{name}", "--json", *map(str, args)],
+                                        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE)
+        self.lines = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stderr.readline, "")))
 
-def result_of(process, ask=False):
-    """The JSON object of an app that ends well, by itself or, when we `ask`, by Ctrl-C."""
-    if ask:
-        process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0 and "Traceback" not in errors, errors
-    return json.loads(out.splitlines()[-1])
+    def __enter__(self):
+        self._reader.start()
+        wait_for(lambda: any("Mpps" in line for line in self.lines) or self.process.poll() is not None, "figures")
+        assert self.process.poll() is None, "".join(self.lines)
+        return self
+
+    def result(self, ask=False):
+        """The JSON object that it ends with, by itself or, when we `ask`, by Ctrl-C."""
+        if ask:
+            self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(LIMIT_S) == 0, "".join(self.lines)
+        return json.loads(self.process.stdout.read().splitlines()[-1])
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
 
 
 def test_vhost_back_end_and_dpdk_s_own_front_end(mixed, tmp_path):
@@ -134,11 +144,11 @@ def test_vhost_fwd_copies_a_capture_byte_for_byte(mixed, tmp_path, options):
     source, sink = capture_ends(tmp_path, mixed)
     with Testpmd(tmp_path, source, *devices, sink) as back_end:
         back_end.command(RETRY)
-        with started("fwd", "--no-touch", "--json", *specs(sockets, options)) as ours:
+        with App("fwd", "--no-touch", *specs(sockets, options)) as ours:
             wait_until_connected(back_end, sockets)
             back_end.start("io retry")
             wait_until_sent(back_end, 3, FRAMES)
-            result = result_of(ours, ask=True)
+            result = ours.result(ask=True)
         assert_same_counters(result, back_end, (1, 2))
     assert result["forwarded_packets"] == FRAMES
     assert_same(frames_of(tmp_path / "out0.pcap"), mixed)
@@ -151,11 +161,11 @@ def test_vhost_two_queue_pairs_carry_their_own_traffic(mixed, tmp_path):
     source, sink = capture_ends(tmp_path, *halves)
     with Testpmd(tmp_path, source, *devices, sink, options=["--rxq=2", "--txq=2"]) as back_end:
         back_end.command(RETRY)
-        with started("fwd", "--no-touch", "--json", "--queues", 2, *specs(sockets)) as ours:
+        with App("fwd", "--no-touch", "--queues", 2, *specs(sockets)) as ours:
             wait_until_connected(back_end, sockets)
             back_end.start("io retry")
             wait_until_sent(back_end, 3, FRAMES)
-            result = result_of(ours, ask=True)
+            result = ours.result(ask=True)
         assert_same_counters(result, back_end, (1, 2))
     for k, half in enumerate(halves):
         assert_same(frames_of(tmp_path / f"out{k}.pcap"), half)
@@ -244,10 +254,10 @@ def test_vhost_pktgen_sends_numbered_packets(tmp_path):
     _, sink = capture_ends(tmp_path, [])
     with Testpmd(tmp_path, device, sink) as back_end:
         back_end.command(RETRY)
-        with started("pktgen", *specs([path]), "--packets", FRAMES, "--size", 61, "--flows", 7, "--json") as ours:
+        with App("pktgen", *specs([path]), "--packets", FRAMES, "--size", 61, "--flows", 7) as ours:
             wait_until_connected(back_end, [path])
             back_end.start("io retry")
-            result = result_of(ours)
+            result = ours.result()
         wait_until_sent(back_end, 1, FRAMES)
         assert_same_counters(result, back_end, [0])
     packets = frames_of(tmp_path / "out0.pcap")
@@ -260,10 +270,10 @@ def test_vhost_pcap_writes_what_arrives(mixed, tmp_path):
     source, _ = capture_ends(tmp_path, mixed)
     with Testpmd(tmp_path, source, device) as back_end:
         back_end.command(RETRY)
-        with started("pcap", *specs([path]), tmp_path / "copy.pcap", FRAMES, "--json") as ours:
+        with App("pcap", *specs([path]), tmp_path / "copy.pcap", FRAMES) as ours:
             wait_until_connected(back_end, [path])
             back_end.start("io retry")
-            result = result_of(ours)
+            result = ours.result()
         assert_same_counters(result, back_end, [1])
     assert result["written_packets"] == FRAMES
     assert_same(frames_of(tmp_path / "copy.pcap"), mixed)
@@ -272,10 +282,10 @@ def test_vhost_pcap_writes_what_arrives(mixed, tmp_path):
 def test_vhost_fwd_ends_after_exactly_n_packets(tmp_path):
     sockets, devices = vhosts(tmp_path)
     with Testpmd(tmp_path, *devices) as back_end:
-        with started("fwd", "--packets", 12345, "--json", *specs(sockets)) as ours:
+        with App("fwd", "--packets", 12345, *specs(sockets)) as ours:
             wait_until_connected(back_end, sockets)
             back_end.start("io retry", first=4)
-            assert result_of(ours)["forwarded_packets"] == 12345
+            assert ours.result()["forwarded_packets"] == 12345
 
 
 @pytest.mark.parametrize("name, more", [("pktgen", ()), ("pcap", ("out.pcap",)), ("fwd", ("sim",))])
