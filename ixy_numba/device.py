@@ -15,7 +15,8 @@ from .core.memory import strongest
 from .core.pool import Pool
 from .core.thread import stop_kernels
 
-PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+PCI = "ixy_numba.bus.pci"
 # A module with `open_bus(spec, rest)`, where `rest` is what follows the scheme.
 SCHEMES = {"sim": "ixy_numba.sim", "vhost-user": "ixy_numba.bus.vhost_user"}
 
@@ -237,17 +238,18 @@ def transient_pools(queues, ring_size, buses):
     return [Pool(count, needs, True, buses[0].numa_node, shared) for _ in range(queues)]
 
 
-def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, trace=None):
-    """Open what `spec` names and bring it up: `sim` or `sim:KEY=VALUE,…` (see `ixy_numba.sim`), or
-    `vhost-user:PATH` (see `ixy_numba.bus.vhost_user`).
+def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, unbind=False, trace=None):
+    """Open what `spec` names and bring it up: a PCI address such as `0000:03:00.0`, `sim:KEY=VALUE,…` (see
+    `ixy_numba.sim`), or `vhost-user:PATH` (see `ixy_numba.bus.vhost_user`).
 
     queues       receive and transmit queues (82599: 1 to 64; vhost-user: what the back-end has, up to 7)
     ring_size    descriptors a ring (a power of two; 82599: 64 to 4096, virtio: 64 to 32768)
     pools        one `Pool` a queue; devices that forward to each other share them. Default: pools of the device's own
+    unbind       take a PCI device from its kernel driver, unless an interface of it is up
     trace        called as trace("R" or "W", register, value) for every register access of the set-up
     UsageError for a spec or an argument that cannot be, IxyError for a device that does not come up.
     """
-    bus = open_bus(spec)
+    bus = open_bus(spec, unbind)
     try:
         return _attach(bus, queues, ring_size, pools, promiscuous, trace)
     except BaseException:
@@ -265,7 +267,7 @@ def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None):
     return _driver(bus)(bus, queues, ring_size, pools, promiscuous, trace)
 
 
-def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, trace=None):
+def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, unbind=False, trace=None):
     """Open several devices that share one pool a queue, so that packets can go from each to any; see `open_device`.
 
     With `in_place`, two devices that share their rings instead, for `Forwarder(…, in_place=True)` only.
@@ -276,7 +278,7 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     opened, buses = [], []
     try:
         for spec in specs:
-            buses.append(open_bus(spec))
+            buses.append(open_bus(spec, unbind))
         drivers = [_driver(bus, in_place) for bus in buses]
         pools = drivers[0].new_pools(queues, ring_size, buses) if specs else None
         for driver, bus in zip(drivers, buses, strict=True):
@@ -290,15 +292,16 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     return opened
 
 
-def open_bus(spec):
+def open_bus(spec, unbind=False):
     """The transport behind a device spec."""
     if not spec.isprintable():  # a line break or a terminal's escape sequence would come out in every message
         raise UsageError(f"device {spec!r}: expected printable characters only; rename the file or interface it names")
     if PCI_ADDRESS.fullmatch(spec):
-        raise UsageError(f"{spec}: PCI devices are not supported yet, only simulated ones; try 'sim'")
+        return importlib.import_module(PCI).open_bus(spec, unbind)
     scheme, _, rest = spec.partition(":")
     if scheme not in SCHEMES:
-        raise UsageError(f"no such device {spec!r}: expected {' or '.join(SCHEMES)}, or {scheme_example()}")
+        raise UsageError(f"no such device {spec!r}: expected a PCI address such as 0000:03:00.0, "
+                         f"{' or '.join(SCHEMES)}, or {scheme_example()}")
     return importlib.import_module(SCHEMES[scheme]).open_bus(spec, rest)
 
 

@@ -21,6 +21,7 @@ ANY, PINNED, HUGE = "any pages", "pages that the bus pins", "huge pages"
 _MAP_HUGETLB, _MAP_HUGE_2MB, _MAP_HUGE_1GB, _MAP_FIXED = 0x40000, 21 << 26, 30 << 26, 0x10
 _MADV_POPULATE_WRITE, _MPOL_PREFERRED = 23, 1
 _MBIND = {"x86_64": 237, "aarch64": 235}  # system call numbers; the C library has no function for it
+_MAP_FAILED, _READ_WRITE = ctypes.c_void_p(-1).value, mmap.PROT_READ | mmap.PROT_WRITE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 # Addresses as the device sees them: never equal to virtual ones, so that a mix-up faults at once; below 2**39, as far
@@ -124,9 +125,27 @@ def unmap(mapping):
     try:
         mapping.close()
     except BufferError:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-        _libc.mmap(*_extent(np.frombuffer(mapping, np.uint8)), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1,
-                   ctypes.c_long(0))
+        detach(np.frombuffer(mapping, np.uint8))
+
+
+def detach(array):
+    """Put empty memory in the place of a whole mapping, under everyone who still looks at it."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    _libc.mmap(*_extent(array), _READ_WRITE, flags, -1, ctypes.c_long(0))
+
+
+def map_file(descriptor, start, size):
+    """`size` bytes of a file from `start` as uint8, shared with whoever maps it. OSError where that cannot be.
+
+    Unlike one of the mmap module, the mapping does not keep the file open. It ends with the last view of it.
+    """
+    address = _libc.mmap(None, ctypes.c_size_t(size), _READ_WRITE, mmap.MAP_SHARED, descriptor, ctypes.c_long(start))
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    mapped = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(mapped, _libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    return np.frombuffer(mapped, np.uint8)
 
 
 def _map(size, needs, node, shared):
