@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from .core.errors import ClosedError, IxyError, UsageError
 from .core.pool import Pool
 
-PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
 SCHEMES = {"sim": "ixy_numba.sim"}  # a module with `open_bus(spec, options)`
+PCI = "ixy_numba.bus.pci"
 
 
 @dataclass
@@ -173,19 +174,20 @@ class Device(ABC):
 def transient_pools(queues, ring_size, devices, bus):
     """A pool a queue, each enough for both rings of every device and batches in hand, in powers of two."""
     count = max(4096, 1 << (2 * ring_size * devices + 1024 - 1).bit_length())
-    return [Pool(count, bus.memory_needs, transient=True) for _ in range(queues)]
+    return [Pool(count, bus.memory_needs, True, bus.numa_node) for _ in range(queues)]
 
 
-def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, trace=None):
-    """Open what `spec` names and bring it up: `sim` or `sim:KEY=VALUE,…` (see `ixy_numba.sim`).
+def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, unbind=False, trace=None):
+    """Open what `spec` names and bring it up: a PCI address, `0000:03:00.0`, or `sim:KEY=VALUE,…` (`ixy_numba.sim`).
 
     queues       receive and transmit queues (82599: 1 to 64)
     ring_size    descriptors a ring (82599: a power of two, 64 to 4096)
     pools        one `Pool` a queue; devices that forward to each other share them. Default: pools of the device's own
+    unbind       take a PCI device from its kernel driver, unless an interface of it is up
     trace        called as trace("R" or "W", register, value) for every register access of the set-up
     UsageError for a spec or an argument that cannot be, IxyError for a device that does not come up.
     """
-    bus = open_bus(spec)
+    bus = open_bus(spec, unbind)
     try:
         return _attach(bus, queues, ring_size, pools, promiscuous, trace)
     except BaseException:
@@ -203,7 +205,7 @@ def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None):
     return _driver(bus)(bus, queues, ring_size, pools, promiscuous, trace)
 
 
-def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, trace=None):
+def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, unbind=False, trace=None):
     """Open several devices that share one pool a queue, so that packets can go from each to any; see `open_device`.
 
     With `in_place`, two devices that share their rings instead, for `Forwarder(…, in_place=True)` only.
@@ -214,7 +216,7 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     opened, pools = [], None
     try:
         for spec in specs:
-            bus = open_bus(spec)
+            bus = open_bus(spec, unbind)
             try:
                 driver = _driver(bus, in_place)
                 pools = pools or driver.new_pools(queues, ring_size, len(specs), bus)
@@ -229,13 +231,14 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     return opened
 
 
-def open_bus(spec):
+def open_bus(spec, unbind=False):
     """The transport behind a device spec."""
     if PCI_ADDRESS.fullmatch(spec):
-        raise UsageError(f"{spec}: PCI devices are not supported yet, only simulated ones; try 'sim'")
+        return importlib.import_module(PCI).open_bus(spec, unbind)
     scheme, _, rest = spec.partition(":")
     if scheme not in SCHEMES:
-        raise UsageError(f"no such device {spec!r}: expected {' or '.join(SCHEMES)}, or {scheme_example()}")
+        raise UsageError(f"no such device {spec!r}: expected a PCI address such as 0000:03:00.0, "
+                         f"{' or '.join(SCHEMES)}, or {scheme_example()}")
     return importlib.import_module(SCHEMES[scheme]).open_bus(spec, parse_options(spec, rest))
 
 

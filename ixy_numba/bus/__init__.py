@@ -2,6 +2,9 @@
 
 from abc import ABC, abstractmethod
 
+from ..core.errors import IxyError
+from ..core.memory import HUGE
+
 
 class Bus(ABC):
     """One device on one transport. `name` is the device's spec, for messages."""
@@ -10,7 +13,8 @@ class Bus(ABC):
     vendor, device = 0, 0  # PCI ids
     simulated = False
     finite = False  # whether what it receives comes to an end (a capture, a number of generated frames)
-    memory_needs = "2 MiB huge pages"  # of core.memory: ANY, LOCKED or HUGE
+    memory_needs = HUGE  # of core.memory: ANY, PINNED or HUGE
+    numa_node = None  # the one it is next to
     bar0 = None  # BAR 0 as a uint8 array, for the queues' doorbells in kernels
 
     @abstractmethod
@@ -32,6 +36,16 @@ class Bus(ABC):
     @abstractmethod
     def close(self):
         """Let go of the device. The driver has made it quiet before."""
+
+    def enable_interrupts(self, vectors):
+        """An eventfd for each of `vectors` interrupt vectors. They are the bus's, until `disable_interrupts`."""
+        raise IxyError(f"{self.name}: no interrupts this way; on PCI, bind the device to vfio-pci")
+
+    def disable_interrupts(self):
+        """None any more, and their eventfds are closed."""
+
+    def mask_interrupt(self, vector, masked):
+        """Hold a vector's interrupts back; what is raised meanwhile may be lost."""
 
     def start(self):
         """Called once the driver has set the device up."""

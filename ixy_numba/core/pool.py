@@ -48,15 +48,15 @@ class Pool:
 
     A packet received on one device and sent on another that share the pool returns to it. `bus.map_dma` makes the
     memory reachable for a device; the address must come out the same for every device of the pool.
-    A `transient` pool closes itself when the last of its devices does.
+    A `transient` pool closes itself when the last of its devices does. `needs` and `node` are those of `DmaMemory`.
     Raises UsageError for a count outside 64..262144, DmaError where memory is short.
     """
 
-    def __init__(self, count=4096, needs=ANY, transient=False):
+    def __init__(self, count=4096, needs=ANY, transient=False, node=None):
         if not 64 <= count <= 262144:
             raise UsageError(f"pool of {count} buffers: expected 64 to 262144")
         self.count, self.transient, self._devices = count, transient, 0
-        self.memory = DmaMemory(count * BUFFER_STRIDE, needs)
+        self.memory = DmaMemory(count * BUFFER_STRIDE, needs, node)
         layout = np.dtype([("buffer", _BUFFER, (count,))])
         buffers, _ = self.memory.take(layout)
         slots = 1 << (count - 1).bit_length()  # a power of two: an index under a mask needs no check
