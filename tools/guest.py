@@ -230,13 +230,13 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="setup|run")
     setup = verbs.add_parser("setup", allow_abbrev=False, help="fetch QEMU and a kernel from Debian (140 MB), once",
-                             description="Fetch QEMU, a Linux kernel and busybox from the Debian mirror that this machine "
-                             f"uses, and unpack them in {guest_parts.cache_folder()}. Installs nothing, needs no root.")
+                             description="Fetch QEMU, a Linux kernel and busybox from the Debian mirror that this "
+                             f"machine uses, and unpack them in {guest_parts.cache_folder()}. Installs nothing.")
     setup.add_argument("--mirror", metavar="URL", help="Debian mirror, if this machine's package sources name none")
     setup.add_argument("--again", action="store_true", help="fetch them even if they are there")
     run = verbs.add_parser("run", allow_abbrev=False, help="boot a guest, run a command in it, return its exit code",
-                           description="Boot a guest, run a command in it, in this folder, and exit with its exit code. There "
-                           f"$GUEST_NICS lists the NICs' PCI addresses, and root may write to {SHARE}.")
+                           description="Boot a guest, run a command in it, in this folder, exit with its exit code. "
+                           f"There $GUEST_NICS lists the NICs' PCI addresses, and root may write to {SHARE}.")
     run.add_argument("--nic", action="append", default=[], type=nic, metavar="KIND[:SOCKET]",
                      help=f"an emulated NIC ({', '.join(NICS)}); connects to the unix socket, each frame behind its "
                      "length in 4 bytes, big-endian")
