@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ixy_numba import device
+from ixy_numba.bus import parse_options
 from ixy_numba.core import capture
 from ixy_numba.core.errors import IxyError, UsageError
 from ixy_numba.core.jit import INTERPRETED
@@ -91,9 +92,9 @@ def _check_records(data, found):
 # ---- device specs
 
 
-def open_bus(spec, options):
+def open_bus(spec, rest):
     """Stands in for the simulator's, which would go on to open files and interfaces."""
-    return sim_spec.parse(spec, options)
+    return sim_spec.parse(spec, parse_options(spec, rest))
 
 
 def read_spec(data):
