@@ -128,6 +128,6 @@ TARGETS = {
     "capture": Target(read_capture, ("ixy_numba.core.capture",), 4096,
                       tuple(struct.pack(f"{order}I", word) for order in "<>"
                             for word in (capture.MICROSECOND, capture.NANOSECOND, 1, 60, 1 << 18, 0xFFFFFFFF))),
-    "spec": Target(read_spec, ("ixy_numba.device", "ixy_numba.sim.spec"), 512,
+    "spec": Target(read_spec, ("ixy_numba.device", "ixy_numba.bus", "ixy_numba.sim.spec"), 512,
                    (b"sim:", b",", b"0000:03:00.0", b"line", *(f"{key}=".encode() for key in sim_spec.OPTIONS))),
 }
