@@ -10,7 +10,7 @@ import time
 from numba.extending import overload
 
 from .errors import ClosedError, IxyError
-from .jit import PROTECTED, kernel
+from .jit import OPTIONS, PROTECTED, kernel
 from .mmio import fence, load_acquire, store_release
 from .pool import ONE, ZERO
 
@@ -18,7 +18,7 @@ WORDS = [("closed", "u8"), ("busy", "u8")]
 LIFETIMES = "memory_use_after_free" in PROTECTED
 CLOSED = "the device of this queue is closed; open it again"
 _DRAIN_S = 0.002  # far longer than a store takes to leave a processor's buffer
-_UNROLLED = {"forceinline": True, "boundscheck": "memory_bounds" in PROTECTED}
+_UNROLLED = {"forceinline": True, **OPTIONS}
 
 
 @kernel(inline=True)

@@ -128,9 +128,9 @@ def recycle(rxq, txq):
 class Lines:
     """The memory of one queue of both devices, one line each way. Stands where other devices have a pool."""
 
-    def __init__(self, ring_size, needs):
+    def __init__(self, ring_size, needs, node=None):
         layout = line(ring_size)
-        self._memories = [DmaMemory(layout.itemsize, needs) for _ in range(2)]
+        self._memories = [DmaMemory(layout.itemsize, needs, node) for _ in range(2)]
         self.records = [memory.take(layout, align=128)[0] for memory in self._memories]
         self.addresses, self._buses = None, []
 
@@ -183,8 +183,8 @@ class InPlaceIxgbe(Ixgbe):
     RX_DESCRIPTORS = setup.LEGACY
 
     @classmethod
-    def new_pools(cls, queues, ring_size, devices, bus):
-        return [Lines(ring_size, bus.memory_needs) for _ in range(queues)]
+    def new_pools(cls, queues, ring_size, buses):
+        return [Lines(ring_size, buses[0].memory_needs, buses[0].numa_node) for _ in range(queues)]
 
     def _take_rings(self):
         here = self.pools[0].port(self.bus)

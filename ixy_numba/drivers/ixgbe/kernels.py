@@ -203,11 +203,14 @@ def reclaim(txq, clean):
     ring, state, table = txq.ring, txq.state, txq.pool.table
     mask = U(len(ring.desc) - 1)
     while (state.tail + mask + ONE - clean) & mask >= BLOCK:
-        if load_acquire(ring.desc[clean + BLOCK - ONE], "command") & SENT == ZERO:
+        block, top = clean & ~(BLOCK - ONE), table.top
+        if load_acquire(ring.desc[block + BLOCK - ONE], "command") & SENT == ZERO:
+            break
+        if top > U(len(table.free)) - BLOCK:  # never: it lets the compiler check, and move, a block at once
             break
         for k in range(BLOCK):
-            table.free[table.top + k] = state.held[clean + k]
-        table.top += BLOCK
+            table.free[top + k] = state.held[block | k]
+        table.top = top + BLOCK
         state.stalled = ZERO
         clean = (clean + BLOCK) & mask
     state.clean = clean
@@ -224,15 +227,19 @@ def tx_start(txq):
 @kernel(inline=True)
 def tx_post(txq, tail, index, bus_addr, length):
     desc = txq.ring.desc[tail]
-    last_of_block = ((tail + ONE) & (BLOCK - ONE)) == ZERO
     txq.state.held[tail] = index
     desc.addr = bus_addr
-    desc.command = DATA | ONE_BUFFER | (RS if last_of_block else ZERO) | length | length << PAYLEN_SHIFT
+    desc.command = DATA | ONE_BUFFER | length | length << PAYLEN_SHIFT
     return (tail + ONE) & U(len(txq.ring.desc) - 1)
 
 
 @datapath.tx_finish.implement(TxQueue)
 @kernel(inline=True)
 def tx_finish(txq, tail):
+    ring, mask = txq.ring, U(len(txq.ring.desc) - 1)
+    block = txq.state.tail & mask & ~(BLOCK - ONE)  # RS is set here: a branch less for every packet
+    while (tail + mask + ONE - block) & mask >= BLOCK:
+        ring.desc[block + BLOCK - ONE].command |= RS
+        block = (block + BLOCK) & mask
     txq.state.tail = tail
     store_doorbell(txq.regs, "TDT", tail)
