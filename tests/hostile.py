@@ -10,7 +10,7 @@ import numpy as np
 from ixy_numba.core import memory, pool
 from ixy_numba.core.jit import kernel
 from ixy_numba.core.memory import PAGE, record
-from ixy_numba.core.pool import BUFFER_SIZE, INDEX_MASK, U
+from ixy_numba.core.pool import INDEX_MASK, U
 
 GUARD = 32 * PAGE  # on either side of a region: no access at all, further than a 16-bit offset reaches
 CANARY = 0xCA
@@ -55,7 +55,7 @@ def guarded_memory(*drivers):
 
     def map_memory(size, *_):
         mapping, used = _guarded(size)
-        return mapping, used, PAGE
+        return mapping, used, PAGE, None
 
     def new_record(dtype):
         _, whole = _guarded(dtype.itemsize + 63)
@@ -69,11 +69,6 @@ def guarded_memory(*drivers):
         for module in (pool, *drivers):
             stack.enter_context(mock.patch.object(module, "new_record", new_record))
         yield canaries
-
-
-def guard_buffers(canaries, buffers):
-    """Canaries behind each packet buffer of a record with `buffer[k].octets`."""
-    canaries.add(buffers.buffer["octets"][:, BUFFER_SIZE:])
 
 
 def audit(pool, devices):

@@ -12,14 +12,14 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from hostile import audit, draw, guard_buffers, guarded_memory
+from hostile import audit, draw, guarded_memory
 from tinynic import TinyNic
 
 from ixy_numba import device as device_module
 from ixy_numba import free_batch, handler, kernel, packet, rx_batch, tx_batch
 from ixy_numba.core.jit import MODE, PROTECTED
 from ixy_numba.core.memory import new_record
-from ixy_numba.core.pool import BUFFER_STRIDE, Pool, U
+from ixy_numba.core.pool import BUFFER_SIZE, BUFFER_STRIDE, HEADROOM, Pool, U
 from ixy_numba.datapath import Lane, forward_round, new_control, verb
 from ixy_numba.drivers import ixgbe
 from ixy_numba.drivers.ixgbe import in_place as ixgbe_in_place
@@ -308,12 +308,12 @@ class Fight:
         nics = [TinyNic(f"hostile {k}") for k in range(2)]
         if path == "in_place":
             kind = ixgbe_in_place.InPlaceIxgbe
-            pools = kind.new_pools(1, RING, 2, nics[0])
+            pools = kind.new_pools(1, RING, nics)
             self.devices = [kind(nic, 1, RING, pools, True, None) for nic in nics]
         else:
             self.pool = Pool(BUFFERS)
             self.devices = [device_module._attach(nic, 1, RING, [self.pool]) for nic in nics]
-            guard_buffers(canaries, self.pool.view.memory)
+            canaries.add(self.pool.view.memory.buffer["headroom"])  # what lies between the buffers
         self.rxqs = tuple(device.rx[0] for device in self.devices)
         self.txqs = tuple(device.tx[0] for device in self.devices)
         self.ports = tuple(self._port(k, seed) for k in range(2))
@@ -328,10 +328,10 @@ class Fight:
         foe = new_record(FOE)
         foe.random, foe.kind = seed * 0x9E3779B97F4A7C15 + k + 1 & (1 << 64) - 1, UNDONE
         if self.path == "in_place":
-            guard_buffers(self.canaries, self.rxqs[k].line)
+            self.canaries.add(self.rxqs[k].line.buffer["octets"][:, BUFFER_SIZE:])
             return Line(self.rxqs[k].line, self.txqs[1 - k].regs, foe)
-        memory = self.pool.memory
-        foe.first, foe.end = memory.iova, memory.iova + BUFFERS * BUFFER_STRIDE
+        foe.first = self.pool.memory.iova + HEADROOM
+        foe.end = int(foe.first) + BUFFERS * BUFFER_STRIDE
         return Port(self.rxqs[k].ring, self.txqs[k].ring, self.rxqs[k].regs, self.txqs[k].regs,
                     self.pool.view.memory, foe)
 
