@@ -54,7 +54,7 @@ def lie(attack, queue):
         elif kind & U(0x30) == U(0x30):
             length = U(2060)  # full: whether the frame goes on is for its header to say
         use(queue, taken, length)
-        attack.corruptions += ONE
+        attack.corruptions += ONE if kind & U(3) in (ONE, U(2)) or kind & U(0x30) else ZERO
 
 
 @kernel
@@ -73,7 +73,6 @@ def scribble(attack, queue):
     store16(queue.used + U(4) + U(8) * queue.slots, kind >> U(32) & U(0xFFFF))
     at = where % attack.ring_bytes
     store8(attack.ring + at, kind & U(0xFF))
-    attack.corruptions += U(19)
     if kind >> U(56) == ZERO:
         store16(queue.used + U(2), where >> U(40) & U(0xFFFF))
 
@@ -175,7 +174,7 @@ def test_safety_of_a_million_corruptions(features, monkeypatch):
         fenced.check()
     stats, errors = fenced.device.stats(), int(fenced.rxq.state.errors) + int(fenced.txq.state.errors)
     assert fenced.attack.corruptions >= CORRUPTIONS and control.failed == 0
-    assert stats.rx_errors == errors > CORRUPTIONS // 200
+    assert stats.rx_errors == errors > CORRUPTIONS // 4
     assert stats.rx_packets > 0 and stats.tx_packets > 0 and (INTERPRETED or fenced.attack.jumps > 100)
     fenced.device.close()
 
