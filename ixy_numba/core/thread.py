@@ -7,12 +7,15 @@ import time
 from numba.core.dispatcher import Dispatcher
 from numba.core.typing.typeof import typeof
 
+from .errors import KernelError
+
 
 class KernelThread(threading.Thread):
     """Runs `kernel(*args)` once started.
 
     Attributes: `began` and `ended`, time.monotonic() around the run, without the time to compile or load it (None
-    before); `error`, what it raised. It is a daemon: set the kernel's stop word and join it.
+    before); `error`, what it raised, a KernelError where a check stopped it. It is a daemon: set the kernel's stop word
+    and join it.
     """
 
     def __init__(self, kernel, *args):
@@ -27,6 +30,9 @@ class KernelThread(threading.Thread):
                     self.kernel.compile(tuple(map(typeof, self.args)))
             self.began = time.monotonic()
             self.kernel(*self.args)
+        except (ArithmeticError, LookupError) as error:
+            self.error = KernelError.of(error)
+            self.error.__cause__ = error
         except BaseException as error:
             self.error = error
         finally:

@@ -109,7 +109,7 @@ def fits(length):
 def tx_batch(txq, batch, first, end):
     """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
     table = txq.pool.table
-    k, end, tail = U(first), min(U(end), U(MAX_BATCH)), tx_start(txq)
+    k, end, tail = min(U(first), U(MAX_BATCH)), min(U(end), U(MAX_BATCH)), tx_start(txq)
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
