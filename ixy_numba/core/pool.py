@@ -184,7 +184,7 @@ def free_batch(pool, batch, first, end):
     """Give packets batch.packet[first:end] back to their pool; returns how many were valid. Others are counted."""
     table = pool.table
     freed = ZERO
-    for k in range(U(first), min(U(end), U(MAX_BATCH))):
+    for k in range(min(U(first), U(MAX_BATCH)), min(U(end), U(MAX_BATCH))):
         handle = batch.packet[k]
         if not owns(pool, handle):
             table.bad_handles += ONE
