@@ -21,6 +21,7 @@ from test_traffic import CLIENT, MEGABYTES, SERVER, SPACES, TAPS, namespace, run
 from bench import testpmd
 from bench.testpmd import Testpmd
 from ixy_numba import Forwarder, open_devices
+from ixy_numba.core.pool import BUFFER_SIZE
 from ixy_numba.fwd import forward
 
 pytestmark = pytest.mark.skipif(not testpmd.installed(), reason="needs dpdk-testpmd (Debian: dpdk-dev)")
@@ -152,6 +153,27 @@ def test_vhost_fwd_copies_a_capture_byte_for_byte(mixed, tmp_path, options):
         assert_same_counters(result, back_end, (1, 2))
     assert result["forwarded_packets"] == FRAMES
     assert_same(frames_of(tmp_path / "out0.pcap"), mixed)
+
+
+def test_vhost_frames_over_several_buffers_are_dropped_whole_and_counted(mixed, tmp_path):
+    """With MRG_RXBUF, the back-end spreads what is larger than a buffer over several; all around it stays as it was."""
+    large = [2 * BUFFER_SIZE, BUFFER_SIZE + 1, 3000, 9000]
+    frames = [frame for k in range(200)
+              for frame in (*mixed[20 * k : 20 * k + 20], bytes([k]) * large[k % 4], bytes([k]) * BUFFER_SIZE)]
+    whole = [frame for frame in frames if len(frame) <= BUFFER_SIZE]
+    sockets, devices = vhosts(tmp_path)
+    source, sink = capture_ends(tmp_path, frames)
+    with Testpmd(tmp_path, source, *devices, sink) as back_end:
+        back_end.command(RETRY)
+        with App("fwd", "--no-touch", *specs(sockets)) as ours:
+            wait_until_connected(back_end, sockets)
+            back_end.start("io retry")
+            wait_until_sent(back_end, 3, len(whole))
+            result = ours.result(ask=True)
+        assert back_end.statistics()[1]["tx_packets"] == len(frames)
+    assert_same(frames_of(tmp_path / "out0.pcap"), whole)
+    assert result["ports"][0]["rx_packets"] == len(whole)
+    assert result["ports"][0]["rx_errors"] == len(frames) - len(whole) == 200
 
 
 def test_vhost_two_queue_pairs_carry_their_own_traffic(mixed, tmp_path):
@@ -291,13 +313,13 @@ def test_vhost_fwd_ends_after_exactly_n_packets(tmp_path):
 @pytest.mark.parametrize("name, more", [("pktgen", ()), ("pcap", ("out.pcap",)), ("fwd", ("sim",))])
 def test_vhost_without_a_socket_is_one_line(name, more, tmp_path):
     missing = tmp_path / "missing.sock"
-    assert str(missing) in refused(name, *specs([missing]), *more, code=1)
+    assert str(missing) in refused(name, *specs([missing], ",wait=0.1"), *more, code=1)
 
 
 def test_vhost_peer_that_is_silent_is_one_line(tmp_path):
     path = tmp_path / "silent.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-        assert str(path) in refused("pktgen", *specs([path]), code=1)  # nobody listens
+        assert str(path) in refused("pktgen", *specs([path], ",wait=0.1"), code=1)  # nobody listens
         listener.listen()
         assert str(path) in refused("pktgen", *specs([path]), code=1)  # nobody answers
