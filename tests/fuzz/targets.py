@@ -4,7 +4,9 @@ A target takes bytes and returns nothing. Either the parser's result satisfies w
 refused the input with one line; any other exception is a finding.
 """
 
+import array
 import contextlib
+import functools
 import os
 import socket
 import struct
@@ -20,6 +22,8 @@ from ixy_numba.core.errors import IxyError, UsageError
 from ixy_numba.core.jit import INTERPRETED
 from ixy_numba.sim import bus as sim_bus
 from ixy_numba.sim import spec as sim_spec
+from ixy_numba.sim import vfio_user
+from ixy_numba.sim.pci import PciFunction
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -177,6 +181,73 @@ def read_messages(data):
     assert len(os.listdir("/proc/self/fd")) == len(before), "file descriptors that the peer sent are left open"
 
 
+# ---- vfio-user
+
+
+class Client:
+    """A vfio-user client's stream: all that it will ever say; with each message come `passed` % 4 file descriptors.
+
+    They are eventfds and memory in turn, the other way round for a `passed` from 4 on.
+    """
+
+    def __init__(self, said, passed):
+        self._said, self._at, self._passed = said, 0, passed
+
+    def recvmsg(self, size, room, flags):
+        more = self._at < len(self._said)
+        passed = [_descriptor(k + self._passed // 4) for k in range(self._passed % 4 * more)]
+        return self.recv(size), [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed).tobytes())], 0, None
+
+    def recv(self, size):
+        part = self._said[self._at : self._at + size]
+        self._at += len(part)
+        return part
+
+    def sendall(self, reply):
+        self.sendmsg([reply])
+
+    def sendmsg(self, parts, *_):
+        reply = b"".join(parts)
+        assert struct.unpack_from("<4xI", reply)[0] == len(reply), "a reply of another size than it says"
+
+    def setsockopt(self, *_):
+        pass
+
+    def settimeout(self, _):
+        pass
+
+    def close(self):
+        pass
+
+
+def _descriptor(number):
+    """An eventfd or 64 KiB of memory."""
+    if number % 2 == 0:
+        return os.eventfd(0)
+    memory = os.memfd_create("dma", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, 1 << 16)
+    return memory
+
+
+@functools.cache
+def _simulated():
+    bus = sim_bus.SimBus("fuzz", manual=True)
+    return bus, PciFunction(bus.model, bus.device)
+
+
+def read_requests(data):
+    """What a vfio-user client asks of the simulated card, behind a byte for the file descriptors with each message."""
+    bus, function = _simulated()
+    before = os.listdir("/proc/self/fd")
+    connection = vfio_user.Connection(Client(data[1:], data[0] % 8 if data else 0), function, bus.model, True)
+    try:
+        with _refused_in_one_line(IxyError):
+            connection.serve()
+    finally:
+        connection.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before), "file descriptors that the client sent are left open"
+
+
 TARGETS = {
     "capture": Target(read_capture, ("ixy_numba.core.capture",), 4096,
                       tuple(struct.pack(f"{order}I", word) for order in "<>"
@@ -187,4 +258,7 @@ TARGETS = {
     "vhost": Target(read_messages, ("ixy_numba.bus.vhost_user",), 512,
                     tuple(vhost_user.HEADER.pack(kind, vhost_user.REPLY | vhost_user.VERSION, 8)
                           for kind in vhost_user.REQUESTS.values())),
+    "vfio": Target(read_requests, ("ixy_numba.sim.vfio_user", "ixy_numba.sim.messages", "ixy_numba.sim.guest_memory",
+                                   "ixy_numba.sim.pci"), 1024,
+                   tuple(vfio_user.HEADER.pack(1, kind, 48, 0, 0) for kind in range(1, 14))),
 }
