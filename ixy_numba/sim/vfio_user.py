@@ -17,7 +17,7 @@ import threading
 
 from ..core.errors import IxyError
 from .guest_memory import GuestMemory
-from .messages import INTX, Messages, check_eventfd
+from .messages import INTX, MSIX, Messages, check_eventfd
 from .pci import BAR2_SIZE, BAR4_SIZE, CONFIG_SIZE, VECTORS, PciFunction
 from .state import MAX_MAPPINGS
 
@@ -145,14 +145,13 @@ class Connection:
             header = self._receive_header()
             if header is None:
                 return
-            number, command, size, flags, _ = HEADER.unpack(header)
-            if not HEADER.size <= size <= LONGEST or flags & KIND:
-                raise ProtocolError(f"message of {size} bytes with flags {flags:#x}: expected a request of "
-                                    f"{HEADER.size} to {LONGEST} bytes")
-            body = self._receive(size - HEADER.size)
             reply, error, files = b"", 0, ()
             try:
-                reply, *files = self._handle(command, body)
+                number, command, size, flags, _ = HEADER.unpack(header)
+                if not HEADER.size <= size <= LONGEST or flags & KIND:
+                    raise ProtocolError(f"message of {size} bytes with flags {flags:#x}: expected a request of "
+                                        f"{HEADER.size} to {LONGEST} bytes")
+                reply, *files = self._handle(command, self._receive(size - HEADER.size))
             except Refusal as refusal:
                 error = refusal.args[0]
             finally:
@@ -265,7 +264,7 @@ class Connection:
 
     def _set_irqs(self, body):
         _, flags, index, first, count = struct.unpack_from("<IIIII", body)
-        if index >= len(IRQS) or first + count > IRQS[index][0]:
+        if index > MSIX or first + count > IRQS[index][0]:
             raise Refusal(errno.EINVAL)
         kind, action = flags & (DATA_NONE | DATA_BOOL | DATA_EVENTFD), flags & (MASK | UNMASK | TRIGGER)
         vectors = range(first, first + count)
