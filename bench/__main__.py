@@ -18,6 +18,7 @@ TABLES = {
     "startup": "seconds to the first packet",
     "size": "lines of code and compressed size",
     "handlers": "a user's handlers in Python, beside the same in C",
+    "vhost": "our virtio front-end beside DPDK's, each behind dpdk-testpmd's vhost-user ports",
     "soak": "a billion packets in one run, every buffer counted at the end",
 }
 
