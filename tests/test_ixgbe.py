@@ -143,11 +143,6 @@ def test_sixty_four_queues_of_the_smallest_and_one_of_the_largest_ring():
     device.close()
 
 
-def test_a_pci_address_says_that_it_is_not_there_yet():
-    with pytest.raises(UsageError, match="not supported yet"):
-        open_device("0000:03:00.0")
-
-
 def test_open_devices_closes_what_it_opened():
     before = threading.active_count()
     with pytest.raises(UsageError):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from ..core.errors import UsageError
+from ..core.errors import IxyError, UsageError
 from ..core.memory import HUGE
 
 
@@ -37,6 +37,16 @@ class Bus(ABC):
     @abstractmethod
     def close(self):
         """Let go of the device. The driver has made it quiet before."""
+
+    def enable_interrupts(self, vectors):
+        """An eventfd for each of `vectors` interrupt vectors. They are the bus's, until `disable_interrupts`."""
+        raise IxyError(f"{self.name}: no interrupts this way; on PCI, bind the device to vfio-pci")
+
+    def disable_interrupts(self):
+        """None any more, and their eventfds are closed."""
+
+    def mask_interrupt(self, vector, masked):
+        """Hold a vector's interrupts back; what is raised meanwhile may be lost."""
 
     def start(self):
         """Called once the driver has set the device up."""

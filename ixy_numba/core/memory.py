@@ -12,6 +12,7 @@ import weakref
 import numpy as np
 
 from .errors import ClosedError, DmaError, UsageError
+from .thread import stop_kernels
 
 PAGE, HUGE_PAGE, GIANT_PAGE = mmap.PAGESIZE, 2 << 20, 1 << 30
 # What a bus needs, weakest first: PINNED are pages that the bus itself keeps where they are, as VFIO does.
@@ -20,6 +21,7 @@ ANY, PINNED, HUGE = "any pages", "pages that the bus pins", "huge pages"
 _MAP_HUGETLB, _MAP_HUGE_2MB, _MAP_HUGE_1GB, _MAP_FIXED = 0x40000, 21 << 26, 30 << 26, 0x10
 _MADV_POPULATE_WRITE, _MPOL_PREFERRED = 23, 1
 _MBIND = {"x86_64": 237, "aarch64": 235}  # system call numbers; the C library has no function for it
+_MAP_FAILED, _READ_WRITE = ctypes.c_void_p(-1).value, mmap.PROT_READ | mmap.PROT_WRITE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 # Addresses as the device sees them: never equal to virtual ones, so that a mix-up faults at once; below 2**39, as far
@@ -58,6 +60,7 @@ class DmaMemory:
         self.iova = _iovas.popleft()
         self._give_back = weakref.finalize(self, _iovas.append, self.iova)
         self.array = used
+        self.users = 0  # devices that it is mapped for
         self._taken = 0
 
     @property
@@ -76,10 +79,18 @@ class DmaMemory:
         self._taken = start + dtype.itemsize
         return record(self._open()[start : self._taken], dtype), self.iova + start
 
-    def close(self):
-        """Give the memory back. Views that are still held read zeros from then on; nothing is left unmapped."""
+    def close(self, timeout_s=60.0):
+        """Give the memory back, once the kernels that run on it in a KernelThread have been stopped.
+
+        Views that are still held keep the addresses mapped and read zeros: nothing unmapped can be touched.
+        UsageError while devices use it; IxyError, and nothing is given back, if a kernel runs on.
+        """
         if self.closed:
             return
+        if self.users:
+            raise UsageError(f"this memory is in use by {self.users} open device(s); close them first")
+        start = self.virtual_address
+        stop_kernels(lambda record: start <= address_of(record) < start + self.size, timeout_s)
         self.array = None
         self._give_back()
         unmap(self._map)
@@ -97,6 +108,11 @@ def record(array, dtype):
     return array.view(np.dtype((np.record, dtype)))[0]
 
 
+def address_of(record):
+    """Where a record lies."""
+    return record.__array_interface__["data"][0]
+
+
 def new_record(dtype):
     """A zeroed record in ordinary memory, aligned to a cache line."""
     raw = np.zeros(dtype.itemsize + 63, np.uint8)
@@ -109,9 +125,27 @@ def unmap(mapping):
     try:
         mapping.close()
     except BufferError:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-        _libc.mmap(*_extent(np.frombuffer(mapping, np.uint8)), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1,
-                   ctypes.c_long(0))
+        detach(np.frombuffer(mapping, np.uint8))
+
+
+def detach(array):
+    """Put empty memory in the place of a whole mapping, under everyone who still looks at it."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    _libc.mmap(*_extent(array), _READ_WRITE, flags, -1, ctypes.c_long(0))
+
+
+def map_file(descriptor, start, size):
+    """`size` bytes of a file from `start` as uint8, shared with whoever maps it. OSError where that cannot be.
+
+    Unlike one of the mmap module, the mapping does not keep the file open. It ends with the last view of it.
+    """
+    address = _libc.mmap(None, ctypes.c_size_t(size), _READ_WRITE, mmap.MAP_SHARED, descriptor, ctypes.c_long(start))
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    mapped = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(mapped, _libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    return np.frombuffer(mapped, np.uint8)
 
 
 def _map(size, needs, node, shared):

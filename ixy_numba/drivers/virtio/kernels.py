@@ -13,23 +13,23 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import datapath
+from ...core import lifetime
 from ...core.jit import kernel
 from ...core.libc import write_from
 from ...core.mmio import fence, likely, load_acquire, prefetch, store_release
 from ...core.pool import (
     ADDRESS_SHIFT,
     BUFFER_SIZE,
-    GENERATION_SHIFT,
     HEADROOM,
     INDEX_MASK,
     LENGTH_MASK,
     LENGTH_SHIFT,
-    MAX_BATCH,
     ONE,
     ZERO,
     PoolView,
     U,
     leave,
+    lend,
     owns,
     take,
     word_of,
@@ -45,6 +45,7 @@ EIGHT = U(8)
 BEFORE = U(HEADROOM // 8 - 1)  # the last 8 bytes of the headroom
 
 _QUEUE = [
+    *lifetime.WORDS,
     ("ready", "u8"),  # the position up to which the device has used what was posted: its used index, as last read
     ("errors", "u8"), ("broken", "u8"),  # entries that made no sense; why the queue stands still for good
     ("packets", "u8"), ("bytes", "u8"),
@@ -146,8 +147,9 @@ def fits(length):
 def rx_batch(rxq, batch, limit):
     """See `datapath.rx_batch`. Each packet taken is replaced in its slot by a buffer from the pool."""
     state, table = rxq.state, rxq.pool.table
+    lifetime.enter(state)
     i, top, n, seen = rx_start(rxq), table.top, ZERO, ZERO
-    limit = min(U(limit), U(MAX_BATCH))
+    limit = min(U(limit), U(len(batch.packet)))
     while seen < limit:
         seen += ONE
         length = rx_next(rxq, i)
@@ -162,13 +164,14 @@ def rx_batch(rxq, batch, limit):
             table.empty += ONE
             break
         index = rx_buffer(rxq, i)
-        batch.packet[n] = index | length << LENGTH_SHIFT | word_of(table, index) << GENERATION_SHIFT
+        batch.packet[n] = index | length << LENGTH_SHIFT | lend(table, index)
         n += ONE
         i = rx_refill(rxq, i, take(table, top))
         top -= ONE
     table.top = top
     if i != state.index:
         rx_finish(rxq, i)
+    lifetime.leave(state)
     return n
 
 
@@ -277,7 +280,8 @@ def rx_finish(rxq, i):
 def tx_batch(txq, batch, first, end):
     """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
     table = txq.pool.table
-    k, end, tail = U(first), min(U(end), U(MAX_BATCH)), tx_start(txq)
+    lifetime.enter(txq.state)
+    k, end, tail = U(first), min(U(end), U(len(batch.packet))), tx_start(txq)
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
@@ -291,6 +295,7 @@ def tx_batch(txq, batch, first, end):
         k += ONE
     if tail != txq.state.tail:
         tx_finish(txq, tail)
+    lifetime.leave(txq.state)
     return k
 
 
