@@ -1,13 +1,11 @@
-"""Our virtio front-end in a loop of its own: what c/virtio_user.c is for DPDK's, with the same words in and out.
+"""Our virtio front-end in a loop of its own, as a worker of the vhost table: what c/virtio_user.c is for DPDK's.
 
-`python -m bench.front_end SPEC`: each line of input, "receive handler 0.25" (or transmit, macswap; handler or verbs;
-seconds), is answered by a line of numbers. Of the passes that moved packets: cycles, packets, passes, without those
-that an interrupt or another process fell into. Then all packets, all cycles, and the nanoseconds that the thread was
-ready and had no processor.
+Of the passes that moved packets, both count cycles, packets (`timed`) and passes, without those that an interrupt or
+another process fell into; and, of all passes, packets and time.
 """
 
-import os
-import sys
+import atexit
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ from ixy_numba.core.mmio import cycles
 from ixy_numba.core.packet import resize
 from ixy_numba.datapath import Lane, forward_round, new_control, verb
 
-from .common import tsc_ghz
+from .common import pin, tsc_ghz
 from .nic import ONE, ZERO, U
 
 BURST, FRAME, INTERRUPTED = U(32), U(64), U(16384)  # as in c/virtio_user.c
@@ -170,25 +168,26 @@ def drivers(device):
             ("macswap", "handler"): fused(mac_swap), ("macswap", "verbs"): Swap(rxq, txq, batch, new_record(PENDING))}
 
 
-def waited_ns():
-    """How long this thread was ready and not running."""
-    return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+@functools.cache
+def front_end(spec):
+    """The drivers of a device that is open from now on, compiled; and the clock's rate in GHz."""
+    pin()
+    device = open_device(spec, ring_size=RING)
+    atexit.register(device.close)
+    made = drivers(device)
+    for driver in made.values():
+        window(driver, ZERO, new_record(FOUND))
+    return made, tsc_ghz()
 
 
-def main(spec):
-    hertz = tsc_ghz() * 1e9
-    with open_device(spec, ring_size=RING) as device:
-        made = drivers(device)
-        for driver in made.values():
-            window(driver, ZERO, new_record(FOUND))  # compiles
-        print("ready", flush=True)
-        for line in sys.stdin:
-            what, how, seconds = line.split()
-            found, then = new_record(FOUND), waited_ns()
-            window(made[what, how], U(int(float(seconds) * hertz)), found)
-            print(*(int(found[name]) for name in FOUND.names), waited_ns() - then, flush=True)
+def waited_s():
+    """How long this thread has been ready and had no processor."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
-if __name__ == "__main__":
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    main(*sys.argv[1:])
+def worker(spec, work, form, seconds):
+    """One window of the device `spec`: what was counted."""
+    made, ghz = front_end(spec)
+    found, since = new_record(FOUND), waited_s()
+    window(made[work, form], U(int(seconds * ghz * 1e9)), found)
+    return {**{name: int(found[name]) for name in FOUND.names}, "waited_s": waited_s() - since}

@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from ixy_numba.core.errors import IxyError
 
 from . import rivals, testpmd
-from .common import ROOT, Unavailable, grid, say, tsc_ghz, worker_environment
+from .common import Unavailable, Worker, grid, say, tsc_ghz
 
 TABLE = "vhost"
 # What the front-end does, and what the back-end does meanwhile: how it forwards, how many bursts it sends before.
@@ -48,60 +47,55 @@ HUGE_PAGES_NEEDED = 64 * (2 + len(RIVALS)) + 32
 
 @dataclass
 class Window:
-    """What a front-end counted; see front_end.py. `lost` is the share of the time that a worker had no processor."""
+    """What a front-end counted, see front_end.py; `elapsed` in cycles. `waited_s`: a worker had no processor."""
 
     cycles: int
     timed: int
     passes: int
     packets: int
-    seconds: float
-    lost: float
+    elapsed: int
+    waited_s: float
 
     @property
     def cycles_per_packet(self):
         return self.cycles / self.timed
 
-    @property
-    def mpps(self):
-        return self.packets / self.seconds / 1e6
+    def mpps(self, ghz):
+        return self.packets / self.elapsed * ghz * 1e3
 
 
-class FrontEnd:
-    """A process that works for a window at a time when it is told to."""
+class Ours:
+    """A process with our front-end, in one mode."""
 
-    def __init__(self, command, ghz, environment=None):
-        self._ghz = ghz
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-        line = "?"
-        while line and line != "ready\n":  # DPDK says this and that before
-            line = self._process.stdout.readline()
-        if not line:
-            errors = self._process.communicate()[1].strip().splitlines() or ["no reason given"]
-            raise IxyError(f"{' '.join(command)} ended: {errors[-1]}")
+    def __init__(self, stack, path, mode):
+        self._worker, self._spec = stack.enter_context(Worker("front_end", mode)), f"vhost-user:{path}"
 
-    def window(self, what, seconds):
-        self._process.stdin.write(f"{what} {seconds}\n")
+    def window(self, work, form, seconds):
+        return Window(**self._worker.ask(spec=self._spec, work=work, form=form, seconds=seconds))
+
+
+class Rival:
+    """A process with DPDK's front-end, in one of its settings."""
+
+    def __init__(self, stack, path, settings, memory):
+        device, *more = settings
+        command = [rivals.program("virtio_user", "gcc", "libdpdk"),
+                   *testpmd.environment(f"0@{max(os.sched_getaffinity(0))}", memory),
+                   "--single-file-segments", "--log-level=error", *more,
+                   f"--vdev=net_virtio_user0,path={path},queues=1,queue_size=256,{device}"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                         env={**os.environ, "RUNTIME_DIRECTORY": str(Path(path).parent)})
+        stack.callback(self._process.communicate)  # the end of its input ends it
+        for line in self._process.stdout:
+            if line == "ready\n":  # DPDK says this and that before
+                return
+        raise IxyError(f"DPDK's virtio-user front-end ended with code {self._process.wait()}: {' '.join(command)}")
+
+    def window(self, work, form, seconds):
+        self._process.stdin.write(f"{work} {seconds}\n")
         self._process.stdin.flush()
-        *counted, elapsed, waited_ns = map(int, self._process.stdout.readline().split())
-        taken = elapsed / self._ghz / 1e9
-        return Window(*counted, taken, waited_ns / 1e9 / taken)
-
-    def close(self):
-        self._process.communicate()  # the end of its input ends it
-
-
-def our_front_end(spec, mode, ghz):
-    return FrontEnd([sys.executable, "-m", "bench.front_end", spec], ghz, worker_environment(mode))
-
-
-def dpdk_front_end(path, settings, memory, ghz):
-    device, *more = settings
-    cpu = max(os.sched_getaffinity(0))
-    command = [rivals.program("virtio_user", "gcc", "libdpdk"), *testpmd.environment(f"0@{cpu}", memory),
-               "--single-file-segments", "--log-level=error", *more,
-               f"--vdev=net_virtio_user0,path={path},queues=1,queue_size=256,{device}"]
-    return FrontEnd(command, ghz, {**os.environ, "RUNTIME_DIRECTORY": str(Path(path).parent)})
+        *counted, waited_ns = map(int, self._process.stdout.readline().split())
+        return Window(*counted, waited_ns / 1e9)
 
 
 class Contest:
@@ -110,41 +104,38 @@ class Contest:
     def __init__(self, stack):
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="ixy_numba-vhost-"))
         self.huge = free_huge_pages() >= HUGE_PAGES_NEEDED
-        memory, ghz = testpmd.HUGE if self.huge else testpmd.PLAIN, tsc_ghz()
+        memory, self.ghz = testpmd.HUGE if self.huge else testpmd.PLAIN, tsc_ghz()
         ends = [*dict.fromkeys(OURS.values()), *RIVALS]
         sockets = [f"{directory}/{end}.sock" for end in ends]
         self.back_end = stack.enter_context(testpmd.Testpmd(
             directory, *(f"net_vhost{k},iface={path},queues=1" for k, path in enumerate(sockets)), memory=memory))
-        self.front_ends, self.ports = {}, {}
-        for port, (end, path) in enumerate(zip(ends, sockets, strict=True)):
-            opened = (dpdk_front_end(path, RIVALS[end], memory, ghz) if end in RIVALS
-                      else our_front_end(f"vhost-user:{path}", end, ghz))
-            stack.callback(opened.close)
-            for variant in (end,) if end in RIVALS else (name for name, mode in OURS.items() if mode == end):
-                self.front_ends[variant], self.ports[variant] = opened, port
+        opened = {end: Rival(stack, path, RIVALS[end], memory) if end in RIVALS else Ours(stack, path, end)
+                  for end, path in zip(ends, sockets, strict=True)}
+        self._places = {variant: (opened[end], ends.index(end))
+                        for variant, end in [*OURS.items(), *zip(RIVALS, RIVALS, strict=True)]}
 
     def window(self, work, variant, seconds):
-        """One window of one front-end, with the back-end at work as WORK says; `lost` is the worse one's."""
-        mode, bursts = WORK[work]
-        front_end, form = self.front_ends[variant], f" {variant.partition('_')[0]}" * (variant in OURS)
-        self.back_end.command(f"set portlist {self.ports[variant]}")
+        """One window of one front-end, with the back-end at work as WORK says; `waited_s` is the worse one's."""
+        (mode, bursts), (front_end, port) = WORK[work], self._places[variant]
+        form = variant.removesuffix("_fast")
+        self.back_end.command(f"set portlist {port}")
         if bursts:  # nothing of before may be under way
             self.back_end.start(mode)
-            front_end.window("receive" + form, DRAIN_S)
+            front_end.window("receive", form, DRAIN_S)
             self.back_end.stop()
         self.back_end.start(mode, bursts)
-        since = self._waited_ns()
-        found = front_end.window(work + form, seconds)
-        found.lost = max(found.lost, (self._waited_ns() - since) / 1e9 / found.seconds)
+        since = self._waited_s()
+        found = front_end.window(work, form, seconds)
+        found.waited_s = max(found.waited_s, self._waited_s() - since)
         self.back_end.stop()
         if not found.timed:
             raise IxyError(f"vhost: {variant} moved no packet ({work}); the back-end says: "
-                           f"{self.back_end.statistics()[self.ports[variant]]}")
+                           f"{self.back_end.statistics()[port]}")
         return found
 
-    def _waited_ns(self):
+    def _waited_s(self):
         path = f"/proc/{self.back_end.process.pid}/task/{self.back_end.worker}/schedstat"
-        return int(Path(path).read_text().split()[1])
+        return int(Path(path).read_text().split()[1]) / 1e9
 
 
 def free_huge_pages():
@@ -177,7 +168,7 @@ def measure(quick):
         for _ in range(rounds):
             for work, variant in found:
                 found[work, variant].append(contest.window(work, variant, seconds))
-    return rows(found, "2 MiB" if contest.huge else "4 KiB")
+    return rows(found, seconds, contest.ghz, "2 MiB" if contest.huge else "4 KiB")
 
 
 def applies(work, variant):
@@ -185,28 +176,32 @@ def applies(work, variant):
     return not (work == "transmit" and variant.startswith("handler"))
 
 
-def rows(found, pages):
+def rows(found, seconds, ghz, pages):
     """A row a kind of work and variant: medians over the undisturbed windows, and ratios within rounds."""
     made = []
     for (work, variant), windows in found.items():
-        cycles, kept = _kept(windows)
-        base, base_kept = _kept(found[work, BASELINE])
+        cycles, kept = _kept(windows, seconds)
+        base, base_kept = _kept(found[work, BASELINE], seconds)
         both = kept & base_kept if (kept & base_kept).any() else np.ones(len(windows), bool)
-        ratios = cycles[both] / base[both]
+        ratios, counted = cycles[both] / base[both], [windows[k] for k in np.flatnonzero(kept)]
         made.append({
             "table": TABLE, "variant": variant, "work": work, "pages": pages,
             "cycles_per_packet": round(float(np.median(cycles[kept])), 2),
-            "mpps": round(float(np.median([w.mpps for w in np.array(windows)[kept]])), 3),
-            "packets_per_pass": round(float(np.median([w.timed / w.passes for w in np.array(windows)[kept]])), 1),
+            "mpps": round(float(np.median([window.mpps(ghz) for window in counted])), 3),
+            "packets_per_pass": round(float(np.median([window.timed / window.passes for window in counted])), 1),
             "ratio_to_dpdk": round(float(np.median(ratios)), 3), "min": round(float(ratios.min()), 3),
-            "max": round(float(ratios.max()), 3), "windows": len(windows), "kept": int(both.sum()),
-            "disturbed": bool(sum(w.lost <= MOST_LOST for w in windows) < ENOUGH)})
+            "max": round(float(ratios.max()), 3), "windows": len(windows),
+            "undisturbed": sum(undisturbed(window, seconds) for window in windows)})
     return made
 
 
-def _kept(windows):
+def undisturbed(window, seconds):
+    return window.waited_s <= MOST_LOST * seconds
+
+
+def _kept(windows, seconds):
     """(cycles a packet of each window, which of them count): the undisturbed ones, or all where those are too few."""
-    kept = np.array([window.lost <= MOST_LOST for window in windows])
+    kept = np.array([undisturbed(window, seconds) for window in windows])
     if kept.sum() < ENOUGH:
         kept[:] = True
     return np.array([window.cycles_per_packet for window in windows]), kept
@@ -220,7 +215,7 @@ def show(found):
         return grid(title, names, WORK, lambda name, work: text(at[names[name], work])
                     if (names[name], work) in at else "-")
 
-    disturbed = any(row["disturbed"] for row in found)
+    disturbed = any(row["undisturbed"] < ENOUGH for row in found)
     return [f"64-byte frames, bursts of 32, rings of 256, {found[0]['pages']} pages; the rival's split ring is x 1", "",
             *table("busy cycles a packet (x DPDK, spread)", lambda row: f"{row['cycles_per_packet']:.1f} "
                    f"(x {row['ratio_to_dpdk']:.2f}, {row['min']:.2f} to {row['max']:.2f})"), "",
