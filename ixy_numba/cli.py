@@ -32,11 +32,14 @@ def parser(app, description, example):
 
 
 def device_help():
+    from .bus import vhost_user
     from .sim import OPTIONS
 
-    lines = ["  0000:03:00.0         a PCI device: through VFIO if it is bound to vfio-pci, else as root",
-             "  sim[:KEY=VALUE,...]  a simulated 82599; keys:"]
-    return "\n".join(lines + [f"    {key:<12} {text}" for key, text in OPTIONS.items()])
+    kinds = {"0000:03:00.0  a PCI device: through VFIO if it is bound to vfio-pci, else as root": {},
+             "sim[:KEY=VALUE,...]  a simulated 82599; keys:": OPTIONS,
+             "vhost-user:PATH[,KEY=VALUE,...]  a vhost-user back-end that listens there; keys:": vhost_user.OPTIONS}
+    return "\n".join(line for kind, options in kinds.items() for line in (
+        f"  {kind}", *(f"    {key:<12} {text}" for key, text in options.items())))
 
 
 def between(low, high, kind=int):

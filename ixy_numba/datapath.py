@@ -22,7 +22,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import NativeValue, models, overload, register_model, typeof_impl, unbox
 
 from .core.errors import UsageError
-from .core.jit import PROTECTED, fingerprint, kernel
+from .core.jit import OPTIONS, fingerprint, kernel
 from .core.libc import yield_processor
 from .core.memory import new_record
 from .core.mmio import cycles, likely, load_acquire, pause
@@ -318,7 +318,7 @@ def rest(idle):
 
 
 # The tuples hold queues of different types: what runs over them is unrolled when it is compiled.
-_UNROLLED = {"forceinline": True, "boundscheck": "memory_bounds" in PROTECTED}
+_UNROLLED = {"forceinline": True, **OPTIONS}
 SPINS = U(2000)  # idle passes before other threads get the processor
 PREFETCH = U(8)  # how many packets ahead of the handler
 FEW_PORTS = 2  # up to so many, the pass is compiled into the loop for each of them

@@ -8,11 +8,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
 from .core.errors import ClosedError, IxyError, UsageError
+from .core.memory import strongest
 from .core.pool import Pool
 
 PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
-SCHEMES = {"sim": "ixy_numba.sim"}  # a module with `open_bus(spec, options)`
 PCI = "ixy_numba.bus.pci"
+# A module with `open_bus(spec, rest)`, where `rest` is what follows the scheme.
+SCHEMES = {"sim": "ixy_numba.sim", "vhost-user": "ixy_numba.bus.vhost_user"}
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Device(ABC):
         if ring_size not in self.RING_SIZES:
             raise UsageError(f"{self.name}: ring size {ring_size}: expected a power of two from "
                              f"{self.RING_SIZES[0]} to {self.RING_SIZES[-1]}")
-        self.pools = pools or self.new_pools(queues, ring_size, 1, bus)
+        self.pools = pools or self.new_pools(queues, ring_size, [bus])
         if len(self.pools) != queues:
             raise UsageError(f"{self.name}: {len(self.pools)} pools for {queues} queues: expected one each")
         if len(set(map(id, self.pools))) != queues:
@@ -77,9 +79,9 @@ class Device(ABC):
             undo.pop_all()
 
     @classmethod
-    def new_pools(cls, queues, ring_size, devices, bus):
-        """What `devices` devices share, one a queue."""
-        return transient_pools(queues, ring_size, devices, bus)
+    def new_pools(cls, queues, ring_size, buses):
+        """What the devices behind `buses` share, one a queue."""
+        return transient_pools(queues, ring_size, buses)
 
     @property
     def pool(self):
@@ -96,6 +98,10 @@ class Device(ABC):
     def _kernel_counters(self):
         """What kernels counted since the device was opened: (misshapen frames, packets dropped instead of sent)."""
         return sum(int(rxq.state.errors) for rxq in self.rx), sum(int(txq.state.dropped) for txq in self.tx)
+
+    def check(self):
+        """Raise IxyError if the device or its transport failed since it was opened."""
+        self.bus.check()
 
     def set_promiscuous(self, on):
         """Accept frames for any address (the default), or only the device's own and broadcast."""
@@ -171,17 +177,19 @@ class Device(ABC):
         """Change it."""
 
 
-def transient_pools(queues, ring_size, devices, bus):
+def transient_pools(queues, ring_size, buses):
     """A pool a queue, each enough for both rings of every device and batches in hand, in powers of two."""
-    count = max(4096, 1 << (2 * ring_size * devices + 1024 - 1).bit_length())
-    return [Pool(count, bus.memory_needs, True, bus.numa_node) for _ in range(queues)]
+    count = max(4096, 1 << (2 * ring_size * len(buses) + 1024 - 1).bit_length())
+    needs, shared = strongest(bus.memory_needs for bus in buses), any(bus.shares_memory for bus in buses)
+    return [Pool(count, needs, True, buses[0].numa_node, shared) for _ in range(queues)]
 
 
 def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, unbind=False, trace=None):
-    """Open what `spec` names and bring it up: a PCI address, `0000:03:00.0`, or `sim:KEY=VALUE,…` (`ixy_numba.sim`).
+    """Open what `spec` names and bring it up: a PCI address such as `0000:03:00.0`, `sim:KEY=VALUE,…` (see
+    `ixy_numba.sim`), or `vhost-user:PATH` (see `ixy_numba.bus.vhost_user`).
 
-    queues       receive and transmit queues (82599: 1 to 64)
-    ring_size    descriptors a ring (82599: a power of two, 64 to 4096)
+    queues       receive and transmit queues (82599: 1 to 64; vhost-user: what the back-end has, up to 7)
+    ring_size    descriptors a ring (a power of two; 82599: 64 to 4096, virtio: 64 to 32768)
     pools        one `Pool` a queue; devices that forward to each other share them. Default: pools of the device's own
     unbind       take a PCI device from its kernel driver, unless an interface of it is up
     trace        called as trace("R" or "W", register, value) for every register access of the set-up
@@ -213,20 +221,19 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     """
     if in_place and len(specs) != 2:
         raise UsageError(f"{len(specs)} device(s): expected two, to forward in place")
-    opened, pools = [], None
+    opened, buses = [], []
     try:
         for spec in specs:
-            bus = open_bus(spec, unbind)
-            try:
-                driver = _driver(bus, in_place)
-                pools = pools or driver.new_pools(queues, ring_size, len(specs), bus)
-                opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))
-            except BaseException:
-                bus.close()
-                raise
+            buses.append(open_bus(spec, unbind))
+        drivers = [_driver(bus, in_place) for bus in buses]
+        pools = drivers[0].new_pools(queues, ring_size, buses) if specs else None
+        for driver, bus in zip(drivers, buses, strict=True):
+            opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))
     except BaseException:
         for device in opened:
             device.close()
+        for bus in buses[len(opened):]:
+            bus.close()
         raise
     return opened
 
@@ -239,21 +246,9 @@ def open_bus(spec, unbind=False):
     if scheme not in SCHEMES:
         raise UsageError(f"no such device {spec!r}: expected a PCI address such as 0000:03:00.0, "
                          f"{' or '.join(SCHEMES)}, or {scheme_example()}")
-    return importlib.import_module(SCHEMES[scheme]).open_bus(spec, parse_options(spec, rest))
+    return importlib.import_module(SCHEMES[scheme]).open_bus(spec, rest)
 
 
 def scheme_example():
-    return "'sim:KEY=VALUE,…' such as 'sim:in=file.pcap'"
+    return "'sim:KEY=VALUE,…' such as 'sim:in=file.pcap', or 'vhost-user:PATH'"
 
-
-def parse_options(spec, text):
-    """`a=1,b=2` as a dict; UsageError for anything else."""
-    options = {}
-    for part in text.split(",") if text else []:
-        key, equals, value = part.partition("=")
-        if not key or not equals or not value:
-            raise UsageError(f"{spec}: {part!r}: expected KEY=VALUE, separated by commas")
-        if key in options:
-            raise UsageError(f"{spec}: {key} is given twice")
-        options[key] = value
-    return options

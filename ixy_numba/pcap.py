@@ -74,7 +74,7 @@ def run(argv, stop):
 
         def tick():
             writer.service()
-            device.bus.check()
+            device.check()
             clock.update()
 
         report = cli.Report("pcap", [device], args.json, stop, args.duration)

@@ -95,7 +95,7 @@ def run(argv, stop):
         clock = Clock()
 
         def tick():
-            device.bus.check()
+            device.check()
             clock.update()
 
         report = cli.Report("pktgen", [device], args.json, stop, args.duration)

@@ -116,7 +116,7 @@ class Rig:
 
 
 def manual(spec):
-    return open_sim(spec, device_module.parse_options(spec, spec.partition(":")[2]), manual=True)
+    return open_sim(spec, spec.partition(":")[2], manual=True)
 
 
 def expected(arrivals, port):

@@ -24,7 +24,7 @@ from ixy_numba.sim import open_bus as open_sim
 def manual(**options):
     """A simulated device that only moves when a test steps it."""
     text = ",".join(f"{key}={value}" for key, value in options.items())
-    return open_sim(f"sim:{text}" if text else "sim", {key: str(value) for key, value in options.items()}, manual=True)
+    return open_sim(f"sim:{text}" if text else "sim", text, manual=True)
 
 
 def attach(bus, queues=1, ring_size=64, pools=None, **more):

@@ -12,7 +12,7 @@ from tinynic import TinyNic
 from ixy_numba import Packet, alloc_batch, packet, resize
 from ixy_numba.core.jit import CHECKED, INTERPRETED, kernel
 from ixy_numba.core.packet import view
-from ixy_numba.core.pool import BUFFER_SIZE, BUFFER_STRIDE, Pool
+from ixy_numba.core.pool import BUFFER_SIZE, BUFFER_STRIDE, HEADROOM, Pool
 
 U = np.uint64
 CANARY = 0xCC
@@ -71,7 +71,7 @@ def access_buffer(pool, handle, what, a, b, c, d, value):
 
 
 def oracle(data, what, a, b, c, d, value):
-    """The same on a bytearray, by the rules as documented; IndexError where they say so."""
+    """The same on a bytearray, by the rules as documented; IndexError or OverflowError where they say so."""
     def inside(condition):
         if not condition:
             raise IndexError
@@ -86,7 +86,7 @@ def oracle(data, what, a, b, c, d, value):
         size = SIZES[what]
         inside(0 <= a and a + size <= len(data))
         if what in (SET, SET16, SET32, SET64):
-            data[a : a + size] = (value % (1 << 8 * size)).to_bytes(size, "big")
+            data[a : a + size] = value.to_bytes(size, "big")  # OverflowError
             return 0
         return int.from_bytes(data[a : a + size], "big")
     a, b = {FROM: (a, len(data)), TO: (0, b), ALL: (0, len(data))}.get(what, (a, b))
@@ -109,7 +109,7 @@ class Buffer:
         self.pool.map(TinyNic())
         batch = self.pool.batch()
         alloc_batch(self.pool.view, batch, U(30))
-        self.handle, self.start = batch.packet[29], 29 * BUFFER_STRIDE
+        self.handle, self.start = batch.packet[29], 29 * BUFFER_STRIDE + HEADROOM
 
     def fill(self, data):
         self.memory = self.pool.memory.array
@@ -138,7 +138,7 @@ def accesses(draw):
     near = st.one_of(st.integers(-2, min(length + 2, 24)), st.integers(length - 9, length + 2))
     offset = st.one_of(near, near, st.sampled_from([1 << 31, 1 << 32, 1 << 62, -(1 << 63), (1 << 63) - 2, -(1 << 31)]))
     data = draw(st.binary(min_size=min(length, 60), max_size=min(length, 60))).ljust(length, b"\x81")
-    value = draw(st.one_of(st.integers(-300, 300), st.integers(-(1 << 63), (1 << 63) - 1)))
+    value = draw(st.one_of(st.integers(-2, 300), st.integers(0, 1 << 33), st.integers(-(1 << 63), (1 << 63) - 1)))
     what, a, b, c = draw(st.integers(GET, MOVE)), draw(offset), draw(offset), draw(offset)
     same_length = min(max(c + b - a, -(1 << 63)), (1 << 63) - 2)
     return data, what, a, b, c, draw(st.one_of(st.just(same_length), offset)), value
@@ -147,8 +147,8 @@ def accesses(draw):
 def outcome(function):
     try:
         return int(function())
-    except IndexError:
-        return IndexError
+    except (IndexError, OverflowError) as error:
+        return type(error)
 
 
 @checked_only
@@ -192,12 +192,16 @@ def test_the_last_place_and_the_one_after(buffer, length, what):
     buffer.contents()
 
 
-def test_unsigned_values_wrap_to_their_size(buffer):
+@checked_only
+def test_unsigned_values_must_fit(buffer):
     handle = buffer.fill(bytes(16))
-    top = U((1 << 64) - 2)
     for what, place, size in ((SET, 0, 1), (SET16, 1, 2), (SET32, 3, 4), (SET64, 7, 8)):
-        access_buffer(buffer.pool.view, handle, what, U(place), U(0), U(0), U(0), top)
-        assert buffer.contents()[place : place + size] == b"\xff" * (size - 1) + b"\xfe"
+        largest = (1 << 8 * size) - 1
+        access_buffer(buffer.pool.view, handle, what, U(place), U(0), U(0), U(0), U(largest))
+        assert buffer.contents()[place : place + size] == b"\xff" * size
+        if size < 8:
+            with pytest.raises(OverflowError):
+                access_buffer(buffer.pool.view, handle, what, U(place), U(0), U(0), U(0), U(largest + 1))
 
 
 @kernel

@@ -228,7 +228,7 @@ def test_buffers_are_contiguous_for_the_device(monkeypatch, order):
     place = order(-(-pool.memory.size // PAGE))
     usable = set()
     for index in range(256):
-        start, last = index * BUFFER_STRIDE, index * BUFFER_STRIDE + BUFFER_SIZE - 1
+        start, last = index * BUFFER_STRIDE, (index + 1) * BUFFER_STRIDE - 1
         if start // PAGE == last // PAGE or place[last // PAGE] == place[start // PAGE] + 1:
             usable.add(index)
     assert 0 < pool.usable == len(usable) and (len(usable) == 256) == (order is np.arange)
@@ -244,7 +244,7 @@ class OrdinaryPages(DmaMemory):
     """DMA memory in 4 KiB pages, also on a machine with huge ones."""
 
     def __init__(self, size, needs, node):
-        super().__init__(size, needs, node)
+        super().__init__(size, needs, node, shared)
         self.size = -(-size // PAGE) * PAGE
         self.page_size = PAGE
 

@@ -17,7 +17,7 @@ LINKS, AUTOC, RDRXCTL, SWSM, HLREG0, MAXFRS, FCTRL = 0x42A4, 0x42A0, 0x2F00, 0x1
 
 @pytest.fixture
 def bus():
-    bus = open_bus("sim", {"mac": MAC.hex(":")}, manual=True)
+    bus = open_bus("sim", f"mac={MAC.hex(':')}", manual=True)
     yield bus
     bus.close()
 

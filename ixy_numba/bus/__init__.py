@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from ..core.errors import IxyError
+from ..core.errors import IxyError, UsageError
 from ..core.memory import HUGE
 
 
@@ -15,15 +15,16 @@ class Bus(ABC):
     finite = False  # whether what it receives comes to an end (a capture, a number of generated frames)
     memory_needs = HUGE  # of core.memory: ANY, PINNED or HUGE
     numa_node = None  # the one it is next to
+    shares_memory = False  # whether the device is another process, which maps our memory
     bar0 = None  # BAR 0 as a uint8 array, for the queues' doorbells in kernels
 
-    @abstractmethod
     def read32(self, offset):
-        """The 32-bit register at byte `offset` of BAR 0."""
+        """The 32-bit register at byte `offset` of BAR 0, where the device has one."""
+        raise UsageError(f"{self.name} has no registers")
 
-    @abstractmethod
     def write32(self, offset, value):
         """Write the 32-bit register at byte `offset` of BAR 0."""
+        raise UsageError(f"{self.name} has no registers")
 
     @abstractmethod
     def map_dma(self, memory):
@@ -61,3 +62,16 @@ class Bus(ABC):
     def summary(self):
         """More about a run, as a dict for the apps' JSON; empty for hardware."""
         return {}
+
+
+def parse_options(spec, text):
+    """`a=1,b=2` as a dict; UsageError for anything else."""
+    options = {}
+    for part in text.split(",") if text else []:
+        key, equals, value = part.partition("=")
+        if not key or not equals or not value:
+            raise UsageError(f"{spec}: {part!r}: expected KEY=VALUE, separated by commas")
+        if key in options:
+            raise UsageError(f"{spec}: {key} is given twice")
+        options[key] = value
+    return options

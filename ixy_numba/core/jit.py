@@ -28,6 +28,7 @@ from numba.core import caching, config, serialize, sigutils, types
 from numba.core.compiler import CompileResult
 from numba.core.dispatcher import Dispatcher
 
+from . import checked
 from .errors import UsageError
 
 PROTECTIONS = ("memory_bounds", "memory_use_after_free", "packet_bounds", "packet_use_after_free", "integer_overflow")
@@ -53,22 +54,26 @@ def _chosen():
 MODE, PROTECTED = _chosen()  # PROTECTED: what the kernels are compiled to check
 CHECKED = MODE == "checked"
 INTERPRETED = bool(config.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is a plain Python function
+# What all compiled code is compiled with: kernels, and the `jit_options` of overloads.
+OPTIONS = {"boundscheck": "memory_bounds" in PROTECTED,
+           "pipeline_class": checked.pipeline("integer_overflow" in PROTECTED, "memory_bounds" in PROTECTED)}
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def kernel(function=None, *, inline=False):
-    """Compile `function` with Numba: without the GIL, cached on disk, every array index checked.
+    """Compile `function` with Numba: without the GIL, cached on disk, every index and integer operation checked.
 
-    IXY_NUMBA_MODE=fast compiles the checks out. `inline=True` forces the body into its callers (the steps of a
-    loop); leave it off for whatever is called once a batch. Usable on any module-level function, the user's own
-    included.
+    IndexError and OverflowError are what the checks raise (`core.checked` says when); `core.integers` has operations
+    that are meant to wrap. IXY_NUMBA_MODE=fast compiles the checks out. `inline=True` forces the body into its callers
+    (the steps of a loop); leave it off for whatever is called once a batch. Usable on any module-level function, the
+    user's own included.
     """
     if function is None:
         return functools.partial(kernel, inline=inline)
     if INTERPRETED:
         return function
-    compiled = numba.njit(nogil=True, boundscheck="memory_bounds" in PROTECTED, forceinline=inline)(function)
+    compiled = numba.njit(nogil=True, forceinline=inline, **OPTIONS)(function)
     cache = _cache_for(function, inline)
     if cache is not None:
         compiled._cache = cache

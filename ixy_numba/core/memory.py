@@ -3,6 +3,7 @@
 import collections
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import platform
@@ -29,24 +30,30 @@ IOVA_LIMIT, LARGEST = 1 << 39, 1 << 30
 _iovas = collections.deque(range(4 << 30, IOVA_LIMIT, LARGEST))
 
 
+def strongest(needs):
+    """What satisfies all of `needs`."""
+    return max(needs, key=(ANY, PINNED, HUGE).index)
+
+
 class DmaMemory:
     """`size` bytes (rounded up to whole pages) that a device may reach once its bus has mapped them.
 
     `needs` says what the bus asks of the pages: HUGE (each physically contiguous), PINNED, or ANY (a software
     device). Huge pages are taken where there are any; the rest is ordinary memory, locked when allowed.
     `node` is the NUMA node that the device is next to; its memory is preferred.
+    With `shared`, another process can be the device: it maps the file `fd`, where the memory begins at `fd_offset`.
     Attributes: `array` (uint8, shape (size,)), `iova` (the device's address of byte 0), `page_size`.
-    Raises DmaError where the need cannot be met. The memory is private to the process: however it ends, the kernel
-    takes the pages back, and a child process does not have them.
+    Raises DmaError where the need cannot be met. The memory is private to the process, or a file without a name:
+    however it ends, the kernel takes the pages back, and a child process does not have them.
     """
 
-    def __init__(self, size, needs=ANY, node=None):
+    def __init__(self, size, needs=ANY, node=None, shared=False):
         if size <= 0:
             raise UsageError(f"DMA memory of {size} bytes: expected at least 1")
         if size > LARGEST:
             raise DmaError(f"DMA memory of {size} bytes: expected at most 1 GiB a region")
-        self._map, used, self.page_size = _map(size, needs, node)
-        self.size = len(used)
+        self._map, used, self.page_size, self.fd = _map(size, needs, node, shared)
+        self.size, self.fd_offset = len(used), used.ctypes.data - np.frombuffer(self._map, np.uint8).ctypes.data
         if not _iovas:
             raise DmaError("DMA memory: all 508 regions are in use; close the devices and pools that are not needed")
         self.iova = _iovas.popleft()
@@ -77,6 +84,8 @@ class DmaMemory:
         self.array = None
         self._give_back()
         unmap(self._map)
+        if self.fd is not None:
+            os.close(self.fd)
 
     def _open(self):
         if self.closed:
@@ -124,45 +133,42 @@ def map_file(descriptor, start, size):
     return np.frombuffer(mapped, np.uint8)
 
 
-def _map(size, needs, node):
-    """(mapping, the part of it to use as uint8, page size): huge pages first, then what `needs` leaves."""
-    mapping, used = _map_huge(size, needs, node)
-    if mapping is not None:
-        page = HUGE_PAGE
-    else:
-        mapping, used = _map_ordinary(size, needs, node)
-        page = PAGE
+def _map(size, needs, node, shared):
+    """(mapping, the part of it to use as uint8, page size, file): huge pages first, then what `needs` leaves."""
+    found, page = _map_huge(size, needs, node, shared), HUGE_PAGE
+    if found is None:
+        found, page = _map_ordinary(size, needs, node, shared), PAGE
+    mapping, used, file = found
     if needs != ANY:  # a fork would move one side to other pages on the next write, and the device writes to the old
         mapping.madvise(mmap.MADV_DONTFORK)
-    return mapping, used, page
+    return mapping, used, page, file
 
 
-def _map_huge(size, needs, node):
+def _map_huge(size, needs, node, shared):
     """In huge pages of 2 MiB; where a device cannot do without, in one of 1 GiB, which is contiguous all the more."""
     rounded = -(-size // HUGE_PAGE) * HUGE_PAGE
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB
     kinds = [(rounded, _MAP_HUGE_2MB)] + [(GIANT_PAGE, _MAP_HUGE_1GB)] * (needs == HUGE)
     for length, kind in kinds:
         try:
-            mapping = mmap.mmap(-1, length, flags=flags | kind)
+            mapping, file = _new_mapping(length, _MAP_HUGETLB | kind, shared)
             used = np.frombuffer(mapping, np.uint8)
             _prefer(node, used)
             _populate(mapping, used)
-            return mapping, used[:rounded]
+            return mapping, used[:rounded], file
         except OSError:
             pass
     if needs == HUGE:
         pages = rounded // HUGE_PAGE
         raise DmaError(f"DMA memory: {pages} free huge pages of 2 MiB needed, fewer are there; set them up: "
                        f"echo {pages + 64} > /proc/sys/vm/nr_hugepages (as root)")
-    return None, None
+    return None
 
 
-def _map_ordinary(size, needs, node):
+def _map_ordinary(size, needs, node, shared):
     size = -(-size // PAGE) * PAGE
     slack = HUGE_PAGE if size >= HUGE_PAGE else 0  # addresses, not memory: to begin where a huge page can
     try:
-        mapping = mmap.mmap(-1, size + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping, file = _new_mapping(size + slack, 0, shared)
     except OSError as error:
         raise DmaError(f"DMA memory of {size} bytes: {error.strerror}; free some memory or ask for less") from None
     used = np.frombuffer(mapping, np.uint8)
@@ -173,7 +179,23 @@ def _map_ordinary(size, needs, node):
     _prefer(node, used)
     if needs == ANY:
         _libc.mlock(*_extent(used))  # pages that a bus pins would count twice against the limit
-    return mapping, used
+    return mapping, used, file
+
+
+def _new_mapping(length, huge, shared):
+    """(mapping, file) of zeros: private and without a file, or of one whose size nobody can change any more."""
+    if not shared:
+        return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | huge), None
+    kind = os.MFD_HUGETLB | huge & ~_MAP_HUGETLB if huge else 0  # the page size has the same place in both flags
+    file = os.memfd_create("ixy_numba", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | kind)
+    try:
+        os.ftruncate(file, length)
+        # Who has the file could otherwise cut it, and the next access here would end the process.
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return mmap.mmap(file, length, flags=mmap.MAP_SHARED), file
+    except BaseException:
+        os.close(file)
+        raise
 
 
 def _prefer(node, array):

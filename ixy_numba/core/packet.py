@@ -9,7 +9,8 @@ In a kernel a `Packet` is a pointer, a length and the port it came from, without
     packet.be16(i) be32 be64        network-order loads of 2, 4, 8 bytes at offset i (no alignment needed)
     packet.set_be16(i, v) …         the stores
 
-IndexError where an access leaves the packet (checked mode). The class below is the same in plain Python.
+Checked mode: IndexError where an access leaves the packet, OverflowError for a value that does not fit its bytes. The
+class below is the same in plain Python.
 """
 
 import operator
@@ -32,7 +33,7 @@ from numba.extending import (
     unbox,
 )
 
-from .jit import INTERPRETED, PROTECTED
+from .jit import INTERPRETED, OPTIONS, PROTECTED
 from .mmio import _call
 from .pool import BUFFER_SIZE, GENERATIONS, INDEX_MASK, LENGTH_MASK, LENGTH_SHIFT, U, kernel, owns
 
@@ -181,11 +182,11 @@ def _network_order(size):
 
         return types.none(packet, offset, value), codegen
 
-    @overload_method(PacketType, f"be{8 * size}")
+    @overload_method(PacketType, f"be{8 * size}", jit_options=OPTIONS)
     def be(packet, offset):
         return lambda packet, offset: load(packet, offset)
 
-    @overload_method(PacketType, f"set_be{8 * size}")
+    @overload_method(PacketType, f"set_be{8 * size}", jit_options=OPTIONS)
     def set_be(packet, offset, value):
         return lambda packet, offset, value: store(packet, offset, value)
 
@@ -230,7 +231,7 @@ class Packet:
                 raise IndexError(f"slices differ in length: {len(target)} and {len(value)} bytes")
             target[:] = value.data.copy()
         else:
-            self.data[self._at(index, 1)] = operator.index(value) & 0xFF
+            self._store(index, 1, value)
 
     def _at(self, index, size):
         index = operator.index(index)
@@ -251,8 +252,10 @@ class Packet:
 
     def _store(self, offset, size, value):
         start = self._at(offset, size)
-        raw = (operator.index(value) & ((1 << 8 * size) - 1)).to_bytes(size, "big")
-        self.data[start : start + size] = np.frombuffer(raw, np.uint8)
+        value, limit = operator.index(value), 1 << 8 * size
+        if "integer_overflow" in PROTECTED and not 0 <= value < limit:
+            raise OverflowError(f"{value} does not fit {size} byte(s)")
+        self.data[start : start + size] = np.frombuffer((value % limit).to_bytes(size, "big"), np.uint8)
 
     @property
     def _address(self):

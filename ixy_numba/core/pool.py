@@ -27,11 +27,12 @@ ADDRESS_SHIFT, GENERATION_SHIFT, GENERATION_MASK = U(16), U(48), U(0x7FFF)
 NEXT_GENERATION, CARRY = U(16), U(0x8000)  # bit 15 is always 0: what the generation carries into it is taken off
 
 BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
-BUFFER_STRIDE = 2176  # no power of two: neighbouring packets do not fight for the same cache sets
+HEADROOM = 128  # bytes in front of a packet, for the header that a virtio device puts before it
+BUFFER_STRIDE = HEADROOM + BUFFER_SIZE  # no power of two: neighbouring packets do not fight for the same cache sets
 MAX_BATCH = 256
 GENERATIONS = "packet_use_after_free" in PROTECTED
 
-_BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
+_BUFFER = np.dtype([("headroom", "u8", (HEADROOM // 8,)), ("octets", "u1", (BUFFER_SIZE,))])
 BATCH = np.dtype([("packet", "u8", (MAX_BATCH,))])
 _ids = itertools.count(1)
 
@@ -48,15 +49,16 @@ class Pool:
 
     A packet received on one device and sent on another that share the pool returns to it. `bus.map_dma` makes the
     memory reachable for a device; the address must come out the same for every device of the pool.
-    A `transient` pool closes itself when the last of its devices does. `needs` and `node` are those of `DmaMemory`.
+    A `transient` pool closes itself when the last of its devices does. `needs`, `node` and `shared` are those of
+    `DmaMemory`.
     Raises UsageError for a count outside 64..262144, DmaError where memory is short.
     """
 
-    def __init__(self, count=4096, needs=ANY, transient=False, node=None):
+    def __init__(self, count=4096, needs=ANY, transient=False, node=None, shared=False):
         if not 64 <= count <= 262144:
             raise UsageError(f"pool of {count} buffers: expected 64 to 262144")
         self.count, self.transient, self._devices = count, transient, 0
-        self.memory = DmaMemory(count * BUFFER_STRIDE, needs, node)
+        self.memory = DmaMemory(count * BUFFER_STRIDE, needs, node, shared)
         layout = np.dtype([("buffer", _BUFFER, (count,))])
         buffers, _ = self.memory.take(layout)
         slots = 1 << (count - 1).bit_length()  # a power of two: an index under a mask needs no check
@@ -74,8 +76,8 @@ class Pool:
         if self.memory.closed:
             raise ClosedError("this pool is closed; make another")
         addresses = bus.map_dma(self.memory)
-        first = addresses[np.arange(self.count) * BUFFER_STRIDE // self.memory.page_size]
-        first = first + np.arange(self.count) * BUFFER_STRIDE % self.memory.page_size
+        start, page = np.arange(self.count) * BUFFER_STRIDE + HEADROOM, self.memory.page_size
+        first = addresses[start // page] + start % page
         if self._addresses is None:
             self._addresses = first
             self._fill(addresses, first)
@@ -92,12 +94,13 @@ class Pool:
             self.close()
 
     def _fill(self, addresses, first):
-        """Every buffer that is contiguous for the device becomes free, the lowest on top."""
+        """Every buffer that is contiguous for the device, with its headroom, becomes free, the lowest on top."""
         table = self.view.table
         page = self.memory.page_size
-        end = np.arange(self.count) * BUFFER_STRIDE + BUFFER_SIZE - 1
+        start = np.arange(self.count) * BUFFER_STRIDE
+        end = start + BUFFER_STRIDE - 1
         last = addresses[end // page] + end % page
-        usable = np.flatnonzero(last - first == BUFFER_SIZE - 1)
+        usable = np.flatnonzero(last - (addresses[start // page] + start % page) == BUFFER_STRIDE - 1)
         table.word[: self.count] |= first.astype(np.uint64) << ADDRESS_SHIFT
         table.free[: len(usable)] = usable[::-1]
         table.top = len(usable)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from ..bus import Bus
+from ..bus import Bus, parse_options
 from ..core.capture import Capture, CaptureWriter
 from ..core.errors import IxyError
 from ..core.memory import ANY
@@ -198,6 +198,6 @@ def _scrambled(seed):
     return value ^ value >> 31 or 1
 
 
-def open_bus(spec, options, manual=False):
-    """The simulated device that `spec` (the text that the user typed) with its parsed `options` describes."""
-    return SimBus(spec, parse(spec, options), manual)
+def open_bus(spec, rest, manual=False):
+    """The simulated device that `spec` (the text that the user typed) describes with `rest`, its KEY=VALUE,…"""
+    return SimBus(spec, parse(spec, parse_options(spec, rest)), manual)

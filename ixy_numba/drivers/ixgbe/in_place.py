@@ -181,8 +181,8 @@ class InPlaceIxgbe(Ixgbe):
     RX_DESCRIPTORS = setup.LEGACY
 
     @classmethod
-    def new_pools(cls, queues, ring_size, devices, bus):
-        return [Lines(ring_size, bus.memory_needs, bus.numa_node) for _ in range(queues)]
+    def new_pools(cls, queues, ring_size, buses):
+        return [Lines(ring_size, buses[0].memory_needs, buses[0].numa_node) for _ in range(queues)]
 
     def _take_rings(self):
         here = self.pools[0].port(self.bus)
