@@ -10,6 +10,7 @@ from pathlib import Path
 
 from guest_wire import Wire, until
 
+from tools import Refused
 from tools.guest import Guest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +21,7 @@ NOBODY = 65534
 class Machine:
     """A guest with the NICs `kinds`; NIC k is `nics[k]` in the guest and `wires[k]` here."""
 
-    def __init__(self, kinds, iommu):
+    def __init__(self, kinds, *, iommu, devices=()):
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="guest-wires-")))
             self.wires = [Wire(folder / str(k)) for k in range(len(kinds))]
@@ -28,7 +29,7 @@ class Machine:
                 stack.callback(wire.close)
             guest = Guest([sys.executable, str(Path(__file__).with_name("guest_agent.py"))], iommu=iommu,
                           nics=[(kind, wire.path) for kind, wire in zip(kinds, self.wires, strict=True)],
-                          user=None, channels={"agent": folder / "agent"},
+                          devices=devices, channels={"agent": folder / "agent"},
                           environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"})
             self.nics, self.guest = guest.addresses, stack.enter_context(guest)
             for wire in self.wires:
@@ -73,8 +74,12 @@ class Machine:
         """Run an app to its end."""
         return self.start(f"ixy_numba.{name}", *args, user=user).end(code)
 
+    def tool(self, name, *args, code=0):
+        """Run one of the tools as root; returns what it prints."""
+        return self.start(f"tools.{name}", *args).end(code).out
+
     def close(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Refused):  # what has died or hangs is killed below
             self._agent.write(b'["end"]\n')
             self._agent.flush()
             self.guest.wait(30)
