@@ -149,7 +149,7 @@ class Guest:
         (self.folder / "start").write_text(START.format(
             version=parts.version, modules=quote(str(parts.modules)), busybox=quote(str(parts.busybox)), share=SHARE,
             modprobe=shlex.join(parts.command("usr/bin/kmod", name="modprobe")), cwd=quote(os.getcwd()),
-            user=user, reach=_reach()))
+            user=user, reach=_reach(self._exported().get("PYTHONPATH", ""))))
         (self.folder / "command").write_text("".join(
             f"export {name}={quote(value)}\n" for name, value in self._exported().items())
             + f"exec {shlex.join(map(str, self._command))}\n")
@@ -189,10 +189,10 @@ def portable_kernels():
     return {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
 
 
-def _reach():
+def _reach(python_path):
     """Shell lines that let every user into the folders that Python needs. They change the guest's own layer only."""
     places = [Path.cwd(), Path(sys.prefix), Path(sys.base_prefix), guest_parts.cache_folder(),
-              *(Path(one).absolute() for one in os.environ.get("PYTHONPATH", "").split(":") if one)]
+              *(Path(one).absolute() for one in python_path.split(":") if one)]
     parents = sorted({str(parent) for place in places for parent in [place, *place.parents]})
     cache = shlex.quote(str(guest_parts.cache_folder().parent))  # of compiled kernels
     return (f"mkdir -p {cache}; chmod a+rx {shlex.join(parents)} 2>/dev/null\n"

@@ -13,7 +13,8 @@ from guest_wire import Wire, until
 from tools import Refused
 from tools.guest import Guest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+PATHS = f"{HERE.parents[1]}:{HERE}"  # where Python finds the package, the tools and the tests' own modules
 BOOT_S, STEP_S = 240, 240  # hangs, not slow machines
 NOBODY = 65534
 
@@ -27,10 +28,10 @@ class Machine:
             self.wires = [Wire(folder / str(k)) for k in range(len(kinds))]
             for wire in self.wires:
                 stack.callback(wire.close)
-            guest = Guest([sys.executable, str(Path(__file__).with_name("guest_agent.py"))], iommu=iommu,
+            guest = Guest([sys.executable, str(HERE / "guest_agent.py")], iommu=iommu,
                           nics=[(kind, wire.path) for kind, wire in zip(kinds, self.wires, strict=True)],
                           devices=devices, channels={"agent": folder / "agent"},
-                          environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"})
+                          environment={"PYTHONPATH": PATHS})
             self.nics, self.guest = guest.addresses, stack.enter_context(guest)
             for wire in self.wires:
                 wire.accept(BOOT_S)
