@@ -5,6 +5,7 @@ Run as a program, with the environment of `tools.guest.portable_kernels`.
 """
 
 import sys
+import tempfile
 
 import numpy as np
 
@@ -58,8 +59,8 @@ open_bus = IdleBus
 
 if __name__ == "__main__":
     device.SCHEMES["idle"] = "guest_warm"
-    for app, words in ((fwd, ["--no-touch", "--ring-size", str(RING_SIZE), "idle", "idle"]), (pktgen, ["idle"]),
-                       (pcap, ["idle", "/dev/null", "0"])):
-        code = cli.main(app.run, words + ["--packets", "0"] * (app is not pcap))
-        if code:
-            sys.exit(code)
+    with tempfile.NamedTemporaryFile() as file:
+        for app, words in ((fwd, ["--no-touch", "--ring-size", str(RING_SIZE), "--packets", "0", "idle", "idle"]),
+                           (pktgen, ["--packets", "0", "idle"]), (pcap, ["idle", file.name, "0"])):
+            if code := cli.main(app.run, words):
+                sys.exit(code)

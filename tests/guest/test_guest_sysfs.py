@@ -11,7 +11,7 @@ TOTAL = "/proc/sys/vm/nr_hugepages"
 
 
 def refused(machine, *args, code=1, user=None):
-    return machine.app("pcap", *args, "/dev/null", code=code, user=user).refusal
+    return machine.app("pcap", *args, "/tmp/none.pcap", code=code, user=user).refusal
 
 
 def test_guest_no_such_card(plain):

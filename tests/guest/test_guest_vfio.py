@@ -26,25 +26,25 @@ def test_guest_memory_is_mapped_for_the_iommu_without_root(translated, igb):
 
 
 def test_guest_a_card_without_a_driver_is_one_line(translated, igb):
-    assert f"{igb}: no driver for 8086:10c9" in translated.app("pcap", igb, "/dev/null", user=NOBODY, code=2).refusal
+    assert f"{igb}: no driver for 8086:10c9" in translated.app("pcap", igb, "/tmp/none.pcap", user=NOBODY, code=2).refusal
 
 
 def test_guest_a_group_that_the_kernel_has_a_hand_in_is_refused(translated):
     translated.shell("modprobe e1000e")
     told = translated.tool("bind", "vfio", TWIN)
     assert f"note: {OTHER_TWIN} (8086:10d3, e1000e) is in the same IOMMU group" in told
-    line = translated.app("pcap", TWIN, "/dev/null", code=1).refusal
+    line = translated.app("pcap", TWIN, "/tmp/none.pcap", code=1).refusal
     assert "is not viable" in line and OTHER_TWIN in line
     assert "not viable" in translated.tool("bind", "status", TWIN)
 
 
 def test_guest_another_users_group_is_refused(translated):
-    line = translated.app("pcap", TWIN, "/dev/null", user=NOBODY, code=1).refusal
+    line = translated.app("pcap", TWIN, "/tmp/none.pcap", user=NOBODY, code=1).refusal
     assert "may not be opened" in line and f"chown {NOBODY}" in line
 
 
 def test_guest_cards_behind_an_iommu_are_not_driven_past_it(translated):
-    line = translated.app("pcap", "--unbind", OTHER_TWIN, "/dev/null", code=1).refusal
+    line = translated.app("pcap", "--unbind", OTHER_TWIN, "/tmp/none.pcap", code=1).refusal
     assert "bind it to vfio-pci" in line
 
 
