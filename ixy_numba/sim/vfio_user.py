@@ -42,7 +42,7 @@ class ProtocolError(IxyError):
     """The client sent something that ends the connection."""
 
 
-class Refusal(Exception):  # noqa: N818: no error of ours, it is the answer
+class Refusal(Exception):
     """A request that is well formed and not supported: the client is told so. args: errno."""
 
 
