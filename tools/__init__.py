@@ -1,5 +1,7 @@
 """Tools around the drivers, each run as `python -m tools.NAME` from the checkout: how they end, in one place."""
 
+import os
+import signal
 import sys
 
 
@@ -16,16 +18,19 @@ class Misused(Refused):
 
 
 def main(run):
-    """Exit with what `run()` returns; errors become one line on stderr, Ctrl-C is no traceback."""
+    """Exit with what `run()` returns; errors become one line on stderr, Ctrl-C and SIGTERM clean up and are none."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code = run() or 0
         sys.stdout.flush()
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of our output has seen enough: `| head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception as error:
+        if not hasattr(error, "exit_code"):  # neither ours nor the package's IxyError: a fault, to be seen whole
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
     sys.exit(code)

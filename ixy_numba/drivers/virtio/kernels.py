@@ -13,23 +13,23 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import datapath
+from ...core import lifetime
 from ...core.jit import kernel
 from ...core.libc import write_at, write_from
 from ...core.mmio import fence, likely, load_acquire, prefetch, store_doorbell, store_release
 from ...core.pool import (
     ADDRESS_SHIFT,
     BUFFER_SIZE,
-    GENERATION_SHIFT,
     HEADROOM,
     INDEX_MASK,
     LENGTH_MASK,
     LENGTH_SHIFT,
-    MAX_BATCH,
     ONE,
     ZERO,
     PoolView,
     U,
     leave,
+    lend,
     owns,
     take,
     word_of,
@@ -44,6 +44,7 @@ INDEX_JUMPED = 1  # state.broken: the used index moved by more than was outstand
 BEFORE = U(HEADROOM // 8 - 1)  # the last 8 bytes of the headroom
 
 _QUEUE = [
+    *lifetime.WORDS,
     ("ready", "u8"),  # the position up to which the device has used what was posted: its used index, as last read
     ("errors", "u8"), ("broken", "u8"),  # entries that made no sense; why the queue stands still for good
     ("packets", "u8"), ("bytes", "u8"),
@@ -159,8 +160,9 @@ def fits(length):
 def rx_batch(rxq, batch, limit):
     """See `datapath.rx_batch`. Each packet taken is replaced in its slot by a buffer from the pool."""
     state, table = rxq.state, rxq.pool.table
+    lifetime.enter(state)
     i, top, n, seen = rx_start(rxq), table.top, ZERO, ZERO
-    limit = min(U(limit), U(MAX_BATCH))
+    limit = min(U(limit), U(len(batch.packet)))
     while seen < limit:
         seen += ONE
         length = rx_next(rxq, i)
@@ -175,13 +177,14 @@ def rx_batch(rxq, batch, limit):
             table.empty += ONE
             break
         index = rx_buffer(rxq, i)
-        batch.packet[n] = index | length << LENGTH_SHIFT | word_of(table, index) << GENERATION_SHIFT
+        batch.packet[n] = index | length << LENGTH_SHIFT | lend(table, index)
         n += ONE
         i = rx_refill(rxq, i, take(table, top))
         top -= ONE
     table.top = top
     if i != state.index:
         rx_finish(rxq, i)
+    lifetime.leave(state)
     return n
 
 
@@ -290,7 +293,9 @@ def rx_finish(rxq, i):
 def tx_batch(txq, batch, first, end):
     """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
     table = txq.pool.table
-    k, end, tail = U(first), min(U(end), U(MAX_BATCH)), tx_start(txq)
+    lifetime.enter(txq.state)
+    size = U(len(batch.packet))
+    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
@@ -304,6 +309,7 @@ def tx_batch(txq, batch, first, end):
         k += ONE
     if tail != txq.state.tail:
         tx_finish(txq, tail)
+    lifetime.leave(txq.state)
     return k
 
 
