@@ -140,10 +140,13 @@ class Virtio(Device):
 
     def _release(self):
         held = [np.zeros(0, np.uint32)] * self.queues
-        for k, (rxq, txq) in enumerate(zip(self.rx, self.tx, strict=True)):
+        for k, rxq in enumerate(self.rx):
+            held[k] = rxq.state.held
+        for k, txq in enumerate(self.tx):  # there may be fewer, if the set-up failed
             unsent = np.arange(int(txq.state.clean), int(txq.state.tail)) % len(txq.ring.desc)
-            held[k] = np.concatenate([rxq.state.held, txq.state.held[unsent]])
-            rxq.state.descriptor = txq.state.descriptor = -1  # its number may be another file's from now on
+            held[k] = np.concatenate([held[k], txq.state.held[unsent]])
+        for queue in self.rx + self.tx:
+            queue.state.descriptor = -1  # its number may be another file's from now on
         if self._memory is not None:
             self.bus.unmap_dma(self._memory)
             self._memory.close()
