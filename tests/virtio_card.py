@@ -85,7 +85,8 @@ class Card(PciBus, Side):
                                 (DEVICE, 4, 0x400, 0x40), (COMMON, 7, 0, 0x100), (COMMON, 5, 0, 0x100)]
         config = 20 if legacy else 0x400
         table = LEGACY if legacy else {0x100 + offset: entry for offset, entry in MODERN.items()}
-        self._bars = {0 if legacy else 4: Answered(self, table, config, 0x40 if legacy else 0x1000), 2: Doorbells(0x200)}
+        registers = Answered(self, table, config, 0x40 if legacy else 0x1000)
+        self._bars = {0 if legacy else 4: registers, 2: Doorbells(0x200)}
         self._thread = None
 
     # The bus
