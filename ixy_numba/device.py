@@ -1,15 +1,21 @@
 """`open_device(spec)`: from what a user types to a network device that is up, whatever its bus and driver."""
 
+import atexit
 import contextlib
 import importlib
 import re
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
-from .core.errors import ClosedError, IxyError, UsageError
+import numpy as np
+
+from .core.errors import ClosedError, DmaError, IxyError, UsageError
+from .core.lifetime import close_queues
 from .core.memory import strongest
 from .core.pool import Pool
+from .core.thread import stop_kernels
 
 PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
 PCI = "ixy_numba.bus.pci"
@@ -41,13 +47,34 @@ def mbit(packets, data_bytes):
     return (data_bytes + 24 * packets) * 8 / 1e6
 
 
+_open = set()  # keeps every device, its pools and their memory alive until it is closed, or the interpreter ends
+
+
+class WhileOpen:
+    """An attribute of a device that is gone once it is closed: ClosedError from then on."""
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __get__(self, device, owner=None):
+        if device is None:
+            return self
+        device._check_open()
+        return vars(device)[self._name]
+
+    def __set__(self, device, value):
+        vars(device)[self._name] = value
+
+
 class Device(ABC):
     """A network device that is up: `queues` receive and transmit queues, queue k of both on `pools[k]`.
 
-    `rx[k]` and `tx[k]` are what the verbs of `ixy_numba.datapath` take. Use it as a context manager, or `close()` it.
+    `rx[k]` and `tx[k]` are what the verbs of `ixy_numba.datapath` take. Use it as a context manager, or `close()` it:
+    until then it stays open, even if nobody refers to it any more.
     """
 
     driver = "?"
+    rx, tx, regs = WhileOpen(), WhileOpen(), WhileOpen()
     UNREPORTED = 0  # packets that may be sent and still hold their buffers, for as long as nothing more is sent
     in_place = False  # whether it sends from another device's receive rings: such a device has no pool
     MAX_QUEUES, RING_SIZES = 1, ()
@@ -72,11 +99,12 @@ class Device(ABC):
                 undo.callback(pool.unmap, bus)
             undo.callback(self._stop)
             self._set_up()
-            bus.start()
+            self._start()
             if not self.wait_for_link():
                 warnings.warn(f"{self.name}: the link is down; it is used all the same, packets wait for it",
                               RuntimeWarning, stacklevel=4)
             undo.pop_all()
+        _open.add(self)
 
     @classmethod
     def new_pools(cls, queues, ring_size, buses):
@@ -86,6 +114,7 @@ class Device(ABC):
     @property
     def pool(self):
         """What `alloc_batch`, `free_batch` and `packet` take: the pool of queue 0."""
+        self._check_open()
         return self.pools[0].view
 
     def stats(self):
@@ -109,17 +138,34 @@ class Device(ABC):
         self._set_promiscuous(on)
         self.promiscuous = on
 
-    def close(self):
-        """Queues off, DMA stopped, memory back. Stop the threads that use the device first. Safe to call twice."""
+    def close(self, timeout_s=60.0):
+        """Kernels stopped, queues off, DMA stopped, memory back. Safe to call twice.
+
+        A Forwarder or KernelThread on the device is told to stop and waited for. Any other kernel gets a ClosedError
+        from its next verb on one of the queues. IxyError, and nothing is given back, if one is still inside of a verb
+        or a loop after `timeout_s` seconds. IxyError, but closed, if the device does not become quiet.
+        """
         if self._closed:
             return
-        self._closed = True
-        errors = self._stop()
-        for pool in self.pools:
-            pool.unmap(self.bus)
-        self.bus.close()
+        self._end_kernels(timeout_s)
+        try:
+            errors = self._stop()
+            for pool in self.pools:
+                pool.unmap(self.bus)
+            self.bus.close()
+        finally:
+            self._closed = True
+            _open.discard(self)
         if errors:
             raise IxyError(f"{self.name}: closed, but it did not become quiet: {errors[0]}")
+
+    def _end_kernels(self, timeout_s):
+        states = [queue.state for queue in (*self.rx, *self.tx) if "state" in queue._fields]
+        try:
+            stop_kernels(lambda record: any(record is state for state in states), timeout_s)
+            close_queues(states, timeout_s)
+        except IxyError as error:
+            raise IxyError(f"{self.name} stays open: {error}") from None
 
     def _stop(self):
         """All DMA off, and all buffers back to their pools; returns the errors met."""
@@ -141,6 +187,21 @@ class Device(ABC):
     @abstractmethod
     def _set_up(self):
         """Bring the device up and make `rx` and `tx`. On an error `_quiesce` and `_release` undo what was done."""
+
+    def _start(self):
+        """Let packets flow."""
+        self.bus.start()
+
+    def _take_ring(self, memory, pages, layout):
+        """A ring out of `memory`, whose pages the device sees at `pages` (`Bus.map_dma`): (record, device address)."""
+        # Aligned so that none larger than a page goes across one: pages next to each other need not be so for a device.
+        ring, iova = memory.take(layout, align=1 << (layout.itemsize - 1).bit_length())
+        start, page = iova - memory.iova, memory.page_size
+        touched = pages[start // page : (start + layout.itemsize - 1) // page + 1].astype(np.int64)
+        if (np.diff(touched) != page).any():
+            raise DmaError(f"{self.name}: a ring of {self.ring_size} descriptors is not contiguous for the device; "
+                           "choose a smaller ring size")
+        return ring, int(touched[0]) + start % page
 
     @abstractmethod
     def _quiesce(self):
@@ -175,6 +236,16 @@ class Device(ABC):
     @abstractmethod
     def set_mac(self, address):
         """Change it."""
+
+
+@atexit.register
+def _close_all():
+    """The interpreter ends: no device may write to memory after that, nor a kernel read it while it goes."""
+    for device in list(_open):
+        try:
+            device.close()
+        except IxyError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def transient_pools(queues, ring_size, buses):
@@ -221,11 +292,11 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     """
     if in_place and len(specs) != 2:
         raise UsageError(f"{len(specs)} device(s): expected two, to forward in place")
-    opened, buses = [], []
+    opened, buses, drivers = [], [], []
     try:
         for spec in specs:
             buses.append(open_bus(spec, unbind))
-        drivers = [_driver(bus, in_place) for bus in buses]
+            drivers.append(_driver(buses[-1], in_place))
         pools = drivers[0].new_pools(queues, ring_size, buses) if specs else None
         for driver, bus in zip(drivers, buses, strict=True):
             opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))
@@ -240,6 +311,8 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
 
 def open_bus(spec, unbind=False):
     """The transport behind a device spec."""
+    if not spec.isprintable():  # a line break or a terminal's escape sequence would come out in every message
+        raise UsageError(f"device {spec!r}: expected printable characters only; rename the file or interface it names")
     if PCI_ADDRESS.fullmatch(spec):
         return importlib.import_module(PCI).open_bus(spec, unbind)
     scheme, _, rest = spec.partition(":")

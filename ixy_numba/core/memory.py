@@ -12,6 +12,7 @@ import weakref
 import numpy as np
 
 from .errors import ClosedError, DmaError, UsageError
+from .thread import stop_kernels
 
 PAGE, HUGE_PAGE, GIANT_PAGE = mmap.PAGESIZE, 2 << 20, 1 << 30
 # What a bus needs, weakest first: PINNED are pages that the bus itself keeps where they are, as VFIO does.
@@ -59,6 +60,7 @@ class DmaMemory:
         self.iova = _iovas.popleft()
         self._give_back = weakref.finalize(self, _iovas.append, self.iova)
         self.array = used
+        self.users = 0  # devices that it is mapped for
         self._taken = 0
 
     @property
@@ -77,10 +79,18 @@ class DmaMemory:
         self._taken = start + dtype.itemsize
         return record(self._open()[start : self._taken], dtype), self.iova + start
 
-    def close(self):
-        """Give the memory back. Views that are still held read zeros from then on; nothing is left unmapped."""
+    def close(self, timeout_s=60.0):
+        """Give the memory back, once the kernels that run on it in a KernelThread have been stopped.
+
+        Views that are still held keep the addresses mapped and read zeros: nothing unmapped can be touched.
+        UsageError while devices use it; IxyError, and nothing is given back, if a kernel runs on.
+        """
         if self.closed:
             return
+        if self.users:
+            raise UsageError(f"this memory is in use by {self.users} open device(s); close them first")
+        start = self.virtual_address
+        stop_kernels(lambda record: start <= address_of(record) < start + self.size, timeout_s)
         self.array = None
         self._give_back()
         unmap(self._map)
@@ -96,6 +106,11 @@ class DmaMemory:
 def record(array, dtype):
     """A uint8 array of exactly `dtype.itemsize` bytes as one record, whose fields read and write that memory."""
     return array.view(np.dtype((np.record, dtype)))[0]
+
+
+def address_of(record):
+    """Where a record lies."""
+    return record.__array_interface__["data"][0]
 
 
 def new_record(dtype):

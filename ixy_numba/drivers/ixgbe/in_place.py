@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import datapath, in_place
+from ...core import lifetime
 from ...core.errors import DmaError
 from ...core.jit import kernel
 from ...core.memory import DmaMemory, new_record
@@ -24,7 +25,8 @@ from .descriptors import LEGACY, LEGACY_DD, LEGACY_EOP, LEGACY_ERROR, ONE_BUFFER
 from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS
 
 LOW48, TOO_LONG = U((1 << 48) - 1), U(0xFFFF & ~(BUFFER_SIZE - 1))
-STATE = np.dtype([("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
+STATE = np.dtype([*lifetime.WORDS,
+                  ("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
 _BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
 
 

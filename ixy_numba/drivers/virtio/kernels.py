@@ -13,23 +13,23 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import datapath
+from ...core import lifetime
 from ...core.jit import kernel
-from ...core.libc import write_from
-from ...core.mmio import fence, likely, load_acquire, prefetch, store_release
+from ...core.libc import write_at, write_from
+from ...core.mmio import fence, likely, load_acquire, prefetch, store_doorbell, store_release
 from ...core.pool import (
     ADDRESS_SHIFT,
     BUFFER_SIZE,
-    GENERATION_SHIFT,
     HEADROOM,
     INDEX_MASK,
     LENGTH_MASK,
     LENGTH_SHIFT,
-    MAX_BATCH,
     ONE,
     ZERO,
     PoolView,
     U,
     leave,
+    lend,
     owns,
     take,
     word_of,
@@ -41,16 +41,17 @@ LOW32, WRAP32 = U(0xFFFFFFFF), U(1 << 32)
 FRAME_MAX = U(BUFFER_SIZE)
 BLOCK = U(32)  # sent buffers are looked for once so many are on their way
 INDEX_JUMPED = 1  # state.broken: the used index moved by more than was outstanding
-EIGHT = U(8)
 BEFORE = U(HEADROOM // 8 - 1)  # the last 8 bytes of the headroom
 
 _QUEUE = [
+    *lifetime.WORDS,
     ("ready", "u8"),  # the position up to which the device has used what was posted: its used index, as last read
     ("errors", "u8"), ("broken", "u8"),  # entries that made no sense; why the queue stands still for good
     ("packets", "u8"), ("bytes", "u8"),
     ("header", "u8"),  # bytes in front of each frame
     ("event_idx", "u8"),  # whether the device says by index when to notify it, and not by a flag
-    ("eventfd", "i8"), ("one", "u8"), ("one_address", "u8"),  # notification: the word 1, written to the descriptor
+    # Notification (bus.virtio.Notifier): the word and where it goes; without a file descriptor (-1), to the doorbell
+    ("word", "u8"), ("word_address", "u8"), ("width", "u8"), ("descriptor", "i8"), ("offset", "i8"),
 ]
 
 
@@ -77,12 +78,14 @@ class RxQueue(NamedTuple):
     ring: np.record
     state: np.record
     pool: PoolView
+    doorbell: np.record
 
 
 class TxQueue(NamedTuple):
     ring: np.record
     state: np.record
     pool: PoolView
+    doorbell: np.record
 
 
 # Both directions
@@ -119,8 +122,9 @@ def reorder(ring, state, position, end, used):
 
 
 @kernel(inline=True)
-def publish(ring, state, before, end):
+def publish(queue, before, end):
     """Make what is posted from position `before` to `end` available, and notify the device if it asks for it."""
+    ring, state = queue.ring, queue.state
     store_release(ring, "avail_idx", end & LOW16)
     fence()  # 2.6.13.4: the index must be out before the device's wish is read, else both sides could wait
     if state.event_idx:
@@ -129,7 +133,17 @@ def publish(ring, state, before, end):
     else:
         due = U(load_acquire(ring, "used_flags")) & NO_NOTIFY == ZERO
     if not likely(not due):
-        write_from(state.eventfd, state.one_address, EIGHT)
+        notify(state, queue.doorbell)
+
+
+@kernel
+def notify(state, doorbell):
+    if state.descriptor < 0:
+        store_doorbell(doorbell, "queue", state.word & LOW16)
+    elif state.offset < 0:
+        write_from(state.descriptor, state.word_address, state.width)
+    else:
+        write_at(state.descriptor, state.word_address, state.width, state.offset)
 
 
 @kernel(inline=True)
@@ -146,8 +160,9 @@ def fits(length):
 def rx_batch(rxq, batch, limit):
     """See `datapath.rx_batch`. Each packet taken is replaced in its slot by a buffer from the pool."""
     state, table = rxq.state, rxq.pool.table
+    lifetime.enter(state)
     i, top, n, seen = rx_start(rxq), table.top, ZERO, ZERO
-    limit = min(U(limit), U(MAX_BATCH))
+    limit = min(U(limit), U(len(batch.packet)))
     while seen < limit:
         seen += ONE
         length = rx_next(rxq, i)
@@ -162,13 +177,14 @@ def rx_batch(rxq, batch, limit):
             table.empty += ONE
             break
         index = rx_buffer(rxq, i)
-        batch.packet[n] = index | length << LENGTH_SHIFT | word_of(table, index) << GENERATION_SHIFT
+        batch.packet[n] = index | length << LENGTH_SHIFT | lend(table, index)
         n += ONE
         i = rx_refill(rxq, i, take(table, top))
         top -= ONE
     table.top = top
     if i != state.index:
         rx_finish(rxq, i)
+    lifetime.leave(state)
     return n
 
 
@@ -194,7 +210,7 @@ def skip_rest(rxq):
             state.packets += ONE  # those and errors go together: see rx_finish
         i += ONE
     state.index = i
-    publish(ring, state, start + size, i + size)
+    publish(rxq, start + size, i + size)
 
 
 @datapath.rx_next.implement(RxQueue)
@@ -266,7 +282,7 @@ def rx_finish(rxq, i):
     start = state.index
     state.index = i
     state.packets += i - start  # broken ones too: those are counted in `errors` as well
-    publish(rxq.ring, state, start + size, i + size)
+    publish(rxq, start + size, i + size)
 
 
 # Transmit
@@ -277,7 +293,9 @@ def rx_finish(rxq, i):
 def tx_batch(txq, batch, first, end):
     """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
     table = txq.pool.table
-    k, end, tail = U(first), min(U(end), U(MAX_BATCH)), tx_start(txq)
+    lifetime.enter(txq.state)
+    size = U(len(batch.packet))
+    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
@@ -291,6 +309,7 @@ def tx_batch(txq, batch, first, end):
         k += ONE
     if tail != txq.state.tail:
         tx_finish(txq, tail)
+    lifetime.leave(txq.state)
     return k
 
 
@@ -349,4 +368,4 @@ def tx_finish(txq, tail):
     start = state.tail
     state.tail = tail
     state.packets += tail - start
-    publish(txq.ring, state, start, tail)
+    publish(txq, start, tail)
