@@ -275,11 +275,11 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     """
     if in_place and len(specs) != 2:
         raise UsageError(f"{len(specs)} device(s): expected two, to forward in place")
-    opened, buses = [], []
+    opened, buses, drivers = [], [], []
     try:
         for spec in specs:
             buses.append(open_bus(spec, unbind))
-        drivers = [_driver(bus, in_place) for bus in buses]
+            drivers.append(_driver(buses[-1], in_place))
         pools = drivers[0].new_pools(queues, ring_size, buses) if specs else None
         for driver, bus in zip(drivers, buses, strict=True):
             opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))

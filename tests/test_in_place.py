@@ -115,7 +115,7 @@ class Rig:
         return [read_capture(path) for path in self.paths]
 
 
-def manual(spec):
+def manual(spec, unbind):
     return open_sim(spec, spec.partition(":")[2], manual=True)
 
 

@@ -243,8 +243,8 @@ def test_buffers_are_contiguous_for_the_device(monkeypatch, order):
 class OrdinaryPages(DmaMemory):
     """DMA memory in 4 KiB pages, also on a machine with huge ones."""
 
-    def __init__(self, size, needs, node):
-        super().__init__(size, needs, node)
+    def __init__(self, size, *how):
+        super().__init__(size, *how)
         self.size = -(-size // PAGE) * PAGE
         self.page_size = PAGE
 

@@ -6,8 +6,8 @@ import os
 import sys
 
 from .. import cli
+from ..bus import parse_options
 from ..core.errors import IxyError, UsageError
-from ..device import parse_options
 from .bus import SimBus
 from .engine import ENGINE
 from .spec import OPTIONS, parse
