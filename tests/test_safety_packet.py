@@ -1,14 +1,12 @@
 """Packets outside of their bytes or after they were given away: refused and attributed; no buffer is lost."""
 
-import os
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tinynic import TinyNic, account, attach
+from unprotected import outcomes, outcomes_without
 
 from ixy_numba import (
     DROP,
@@ -28,7 +26,6 @@ from ixy_numba.core.memory import new_record
 from ixy_numba.core.pool import ADDRESS_SHIFT, KEPT, U
 from ixy_numba.datapath import Lane, forward_round, new_control
 
-ROOT = Path(__file__).resolve().parent.parent
 BOUNDS, AFTER_FREE = "packet_bounds", "packet_use_after_free"
 pytestmark = pytest.mark.skipif(not CHECKED, reason="IXY_NUMBA_MODE=fast checks nothing")
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="NUMBA_DISABLE_JIT=1: nothing is compiled")
@@ -312,47 +309,49 @@ def test_addresses_that_a_word_has_no_room_for_are_refused():
 # ---- the protection is the cause: the same without it goes unseen
 
 
-def run(code, **environment):
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, env={
-        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment})
-    return done.returncode, done.stdout, done.stderr
+def behind():
+    pool = ready()
+    batch = pool.batch()
+    alloc_batch(pool.view, batch, U(2))
+    pool.view.memory.buffer[0].octets[60] = 0x77
+    return int(peek(pool.view, resize(batch.packet[0], U(60)), 60))
 
 
-NEIGHBOUR = """
-from tinynic import TinyNic
-from ixy_numba import Pool, alloc_batch, kernel, packet, resize
-pool = Pool(64)
-pool.map(TinyNic())
-batch = pool.batch()
-alloc_batch(pool.view, batch, 1)
-@kernel
-def write_behind(pool, handle):
-    packet(pool, handle)[60] = 0x77
-write_behind(pool.view, resize(batch.packet[0], 60))
-print(hex(pool.view.memory.buffer[0].octets[60]))
-"""
+def after_free():
+    pool = ready()
+    batch = pool.batch()
+    alloc_batch(pool.view, batch, U(2))
+    handle = resize(batch.packet[0], U(60))
+    free_batch(pool.view, batch, U(0), U(1))
+    return int(look(pool.view, handle))
 
-TWICE = """
-from tinynic import TinyNic
-from ixy_numba import Pool, alloc_batch, free_batch
-pool = Pool(64)
-pool.map(TinyNic())
-batch = pool.batch()
-alloc_batch(pool.view, batch, 2)
-print(free_batch(pool.view, batch, 0, 1), free_batch(pool.view, batch, 0, 1), pool.available)
-"""
+
+def free_twice():
+    """An error if the pool has as many free buffers as before: one of the two is still the application's."""
+    pool = ready()
+    batch = pool.batch()
+    alloc_batch(pool.view, batch, U(2))
+    freed = [int(free_batch(pool.view, batch, U(0), U(1))) for _ in range(2)]
+    if freed != [1, 1]:
+        raise ValueError("refused")
+    return pool.available
+
+
+VIOLATIONS = {"behind": behind, "after free": after_free, "free twice": free_twice}
+
+
+@pytest.mark.safety(BOUNDS, AFTER_FREE)
+def test_the_violations_are_refused():
+    assert outcomes(VIOLATIONS) == {"behind": "IndexError", "after free": "IndexError", "free twice": "ValueError"}
 
 
 @compiled_only
 @pytest.mark.safety(BOUNDS)
-def test_without_the_protection_a_write_behind_the_packet_goes_unseen():
-    code, out, error = run(NEIGHBOUR)
-    assert code == 1 and out == "" and "IndexError: access outside the packet" in error
-    assert run(NEIGHBOUR, IXY_NUMBA_WITHOUT=BOUNDS) == (0, "0x77\n", "")
+def test_without_packet_bounds_a_byte_behind_the_packet_is_read():
+    assert outcomes_without("test_safety_packet", BOUNDS)["behind"] == "119"
 
 
 @pytest.mark.safety(AFTER_FREE)
-def test_without_the_protection_a_buffer_is_free_twice():
-    """And then given out twice, while the application still holds another."""
-    assert run(TWICE) == (0, "1 0 63\n", "")
-    assert run(TWICE, IXY_NUMBA_WITHOUT=AFTER_FREE) == (0, "1 1 64\n", "")
+def test_without_generations_a_freed_packet_is_read_and_freed_again():
+    found = outcomes_without("test_safety_packet", AFTER_FREE)
+    assert (found["after free"], found["free twice"]) == ("60", "64")
