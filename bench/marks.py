@@ -1,5 +1,6 @@
 """The published table of protections, and our row of it: a mark is what its tests' results say, nothing else."""
 
+import os
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +79,8 @@ def measure(tests=ROOT / "tests"):
     if not find_spec("pytest"):
         raise Unavailable("safety: the marks are given by tests, which need pytest; install ixy_numba[test]")
     say("safety: tests of the marks …")
-    found = in_worker("marks", "checked", {"IXY_NUMBA_WITHOUT": ""}, tests=str(Path(tests)))
+    environment = {"IXY_NUMBA_WITHOUT": "", "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", "")}  # as pytest has it
+    found = in_worker("marks", "checked", environment, tests=str(Path(tests)))
     return ({protection: given(outcomes) for protection, outcomes in found.items()},
             {protection: dict(Counter(outcomes.values())) for protection, outcomes in found.items()})
 
