@@ -79,7 +79,7 @@ def measure(tests=ROOT / "tests"):
     if not find_spec("pytest"):
         raise Unavailable("safety: the marks are given by tests, which need pytest; install ixy_numba[test]")
     say("safety: tests of the marks …")
-    environment = {"IXY_NUMBA_WITHOUT": "", "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", "")}  # as pytest has it
+    environment = {"IXY_NUMBA_WITHOUT": "", "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", "")}  # as in pytest
     found = in_worker("marks", "checked", environment, tests=str(Path(tests)))
     return ({protection: given(outcomes) for protection, outcomes in found.items()},
             {protection: dict(Counter(outcomes.values())) for protection, outcomes in found.items()})
