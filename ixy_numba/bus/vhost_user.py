@@ -9,7 +9,6 @@ queues stay as they are; as soon as it listens again they are handed to it from 
 
 import contextlib
 import os
-import select
 import socket
 import struct
 import threading
@@ -282,18 +281,19 @@ class VhostUser(Bus, VirtioTransport):
             while not self._stopping.wait(RETRY_S):
                 if self._channel is None:
                     self._reconnect()
-                elif self._says_something():
+                elif self._is_gone():
                     channel, self._channel = self._channel, None
                     channel.close()
         except IxyError as error:
             self._failure = error
 
-    def _says_something(self):
+    def _is_gone(self):
         """Whether the back-end closed the connection. IxyError if it sent anything: nothing was asked."""
-        if not select.select([self._channel.socket], [], [], 0)[0]:
-            return False
+        self._channel.socket.setblocking(False)
         try:
             data = self._channel.socket.recv(64)
+        except BlockingIOError:
+            return False
         except OSError:
             data = b""
         if data:

@@ -1,6 +1,7 @@
 """Virtio network devices over split virtqueues (virtio 1.1, section 5.1), on any virtio transport."""
 
 import os
+import time
 
 import numpy as np
 
@@ -127,6 +128,9 @@ class Virtio(Device):
         return 10000 if up and self.transport.connected else 0
 
     def wait_for_link(self, timeout_s=10.0):
+        deadline = time.monotonic() + timeout_s
+        while not self.link_mbit and time.monotonic() < deadline:
+            time.sleep(0.01)
         return self.link_mbit
 
     @property
