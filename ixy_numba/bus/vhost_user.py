@@ -20,7 +20,7 @@ from ..core.errors import IxyError, UsageError
 from ..core.memory import ANY
 from ..core.pool import BUFFER_SIZE
 from . import Bus, parse_options
-from .virtio import NETWORK, VENDOR, Notifier, VirtioTransport
+from .virtio import Notifier, VirtioTransport
 
 OPTIONS = {
     "wait": "seconds to wait for the back-end to listen (5)",
@@ -135,7 +135,7 @@ class Channel:
 class VhostUser(Bus, VirtioTransport):
     """A vhost-user device at the socket `path`; see the module. The connection is made, and minded, here."""
 
-    vendor, device = VENDOR, NETWORK
+    vendor, device = 0x1AF4, 0x1041  # what a virtio 1.x network device has on PCI
     memory_needs, shares_memory = ANY, True
 
     def __init__(self, name, path, wait_s=5.0, refused_features=0):

@@ -5,8 +5,7 @@ import time
 
 import numpy as np
 
-from ...bus.virtio import NETWORK, RingAddresses, VirtioTransport
-from ...bus.virtio import VENDOR as VENDOR
+from ...bus.virtio import RingAddresses, VirtioTransport
 from ...core.errors import DmaError, IxyError, UsageError
 from ...core.memory import DmaMemory, new_record
 from ...core.pool import ADDRESS_SHIFT, BUFFER_SIZE
@@ -14,7 +13,8 @@ from ...device import Device, Statistics
 from . import descriptors, kernels
 from . import regs as r
 
-IDS = {NETWORK: "virtio network device", 0x1000: "transitional virtio network device"}
+VENDOR = 0x1AF4
+IDS = {0x1041: "virtio network device", 0x1000: "transitional virtio network device"}
 REFUSED = {}
 WANTED = r.MAC | r.STATUS | r.MTU | r.MRG_RXBUF | r.EVENT_IDX | r.ANY_LAYOUT | r.VERSION_1
 
