@@ -19,6 +19,7 @@ TABLES = {
     "size": "lines of code and compressed size",
     "handlers": "a user's handlers in Python, beside the same in C",
     "safety": "marks for what is protected, given by the tests; what each protection costs",
+    "vhost": "our virtio front-end beside DPDK's, each behind dpdk-testpmd's vhost-user ports",
     "soak": "a billion packets in one run, every buffer counted at the end",
 }
 

@@ -13,6 +13,7 @@ from ixy_numba.core.errors import IxyError
 
 PROGRAM = "dpdk-testpmd"
 PROMPT = "\ntestpmd> "
+HUGE, PLAIN = ("--in-memory",), ("--no-huge", "--no-shconf")  # how a DPDK program gets its memory
 REFUSED = ("Command not found", "Bad arguments", "Ambiguous command")
 _STATISTICS = re.compile(
     r"NIC statistics for port (\d+) .*?RX-packets: (\d+)\s+RX-missed: (\d+)\s+RX-bytes: +(\d+)\s+RX-errors: (\d+)"
@@ -27,26 +28,33 @@ def installed():
     return shutil.which(PROGRAM) is not None
 
 
+def environment(lcores, memory=PLAIN):
+    """Arguments of DPDK's environment for a program that keeps to itself: no PCI, no files that others share."""
+    return ["--lcores", lcores, "--no-pci", *memory, "-m", "128", "--no-telemetry",
+            f"--file-prefix=ixy{os.getpid()}-{next(_prefixes)}"]
+
+
 class Testpmd:
     """An interactive dpdk-testpmd, its one worker on processor `cpu`: devices of DPDK, and forwarding between them.
 
     directory   where its runtime files go
     devices     --vdev arguments, in the order of their port numbers; their sockets (`iface=`) are made anew
-    options     more arguments of testpmd itself, `eal` of DPDK's environment
+    options     more arguments of testpmd itself
+    memory      HUGE or PLAIN pages
+    eal         more arguments of DPDK's environment
     The process ends with ours at the latest: it sees the end of its input. IxyError, with its last words, when it does
     not start, ends early, refuses a command, or does not answer in time.
     """
 
     __test__ = False  # no test case, whatever its name begins with
 
-    def __init__(self, directory, *devices, cpu=None, options=(), eal=()):
+    def __init__(self, directory, *devices, cpu=None, options=(), memory=PLAIN, eal=()):
         self.devices, self._output, self._ended = devices, "", False
         cpu = min(os.sched_getaffinity(0)) if cpu is None else cpu
         for device in devices:
             for path in re.findall(r"\biface=(/[^,]*)", device):
                 Path(path).unlink(missing_ok=True)  # left by one that was killed: it could not listen, and not say so
-        command = ["stdbuf", "-oL", PROGRAM, "--lcores", f"0@{cpu},1@{cpu}", "--no-pci", "--no-huge", "--no-shconf",
-                   "-m", "256", "--no-telemetry", f"--file-prefix=ixy{os.getpid()}-{next(_prefixes)}", *eal,
+        command = ["stdbuf", "-oL", PROGRAM, *environment(f"0@{cpu},1@{cpu}", memory), *eal,
                    *(f"--vdev={device}" for device in devices),
                    "--", "--interactive", "--total-num-mbufs=16384", "--rxd=256", "--txd=256", "--no-flush-rx",
                    *options]
