@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+
 @dataclass(frozen=True)
 class Notifier:
     """How kernels tell the device about a queue: 8 bytes written to an eventfd."""
