@@ -3,8 +3,6 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-VENDOR, NETWORK = 0x1AF4, 0x1041  # the PCI ids of a virtio 1.x network device, on whatever transport
-
 
 @dataclass(frozen=True)
 class Notifier:

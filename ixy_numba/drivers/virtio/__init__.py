@@ -1,11 +1,11 @@
 """Virtio network devices over split virtqueues (virtio 1.1, section 5.1), on any virtio transport."""
 
 import os
+import time
 
 import numpy as np
 
-from ...bus.virtio import NETWORK, RingAddresses, VirtioTransport
-from ...bus.virtio import VENDOR as VENDOR
+from ...bus.virtio import RingAddresses, VirtioTransport
 from ...core.errors import DmaError, IxyError, UsageError
 from ...core.memory import DmaMemory, new_record
 from ...core.pool import ADDRESS_SHIFT, BUFFER_SIZE
@@ -13,7 +13,8 @@ from ...device import Device, Statistics
 from . import descriptors, kernels
 from . import regs as r
 
-IDS = {NETWORK: "virtio network device", 0x1000: "transitional virtio network device"}
+VENDOR = 0x1AF4
+IDS = {0x1041: "virtio network device", 0x1000: "transitional virtio network device"}
 REFUSED = {}
 WANTED = r.MAC | r.STATUS | r.MTU | r.MRG_RXBUF | r.EVENT_IDX | r.ANY_LAYOUT | r.VERSION_1
 
@@ -127,6 +128,9 @@ class Virtio(Device):
         return 10000 if up and self.transport.connected else 0
 
     def wait_for_link(self, timeout_s=10.0):
+        deadline = time.monotonic() + timeout_s
+        while not self.link_mbit and time.monotonic() < deadline:
+            time.sleep(0.01)
         return self.link_mbit
 
     @property
