@@ -9,7 +9,7 @@
 """
 
 from .cli import run
-from .core.errors import ClosedError, DmaError, IxyError, RegisterTimeout, UsageError
+from .core.errors import ClosedError, DmaError, IxyError, KernelError, RegisterTimeout, UsageError
 from .core.integers import truncate, wrapping_add, wrapping_mul, wrapping_sub
 from .core.jit import kernel
 from .core.packet import Packet, packet, resize
@@ -20,7 +20,8 @@ from .forwarder import Forwarder
 
 __version__ = "0.1.0"
 __all__ = [
-    "DROP", "MAX_BATCH", "ClosedError", "DmaError", "Forwarder", "IxyError", "Packet", "Pool", "RegisterTimeout",
-    "Statistics", "UsageError", "alloc_batch", "free_batch", "handler", "kernel", "open_device", "open_devices",
-    "packet", "resize", "run", "rx_batch", "truncate", "tx_batch", "wrapping_add", "wrapping_mul", "wrapping_sub",
+    "DROP", "MAX_BATCH", "ClosedError", "DmaError", "Forwarder", "IxyError", "KernelError", "Packet", "Pool",
+    "RegisterTimeout", "Statistics", "UsageError", "alloc_batch", "free_batch", "handler", "kernel", "open_device",
+    "open_devices", "packet", "resize", "run", "rx_batch", "truncate", "tx_batch", "wrapping_add", "wrapping_mul",
+    "wrapping_sub",
 ]

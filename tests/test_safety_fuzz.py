@@ -92,10 +92,20 @@ def test_other_errors_are_noticed(monkeypatch, fails):
     def parse(spec, options):
         raise fails
 
-    monkeypatch.setattr(sim_spec, "parse", parse)
+    monkeypatch.setattr(targets.sim_bus, "parse", parse)
     with pytest.raises((AssertionError, type(fails))) as caught:
         targets.read_spec(b"sim")
     assert not isinstance(caught.value, UsageError)
+
+
+def test_a_descriptor_left_open_is_noticed(monkeypatch):
+    left = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", left.append)
+        with pytest.raises(AssertionError, match="left open"):
+            targets.read_messages(targets.TARGETS["vhost"].corpus("vhost")["descriptors"])
+    for descriptor in left:
+        os.close(descriptor)
 
 
 def test_values_out_of_range_are_noticed(monkeypatch):
@@ -132,4 +142,5 @@ def test_the_fuzzer_runs(name):
 def test_an_unknown_target_is_one_line():
     done = subprocess.run([sys.executable, "-m", "tests.fuzz", "nonsense"], cwd=ROOT, timeout=300, capture_output=True,
                           text=True)
-    assert done.returncode == 2 and done.stderr.endswith("no target 'nonsense': expected capture or spec\n")
+    assert done.returncode == 2
+    assert done.stderr.endswith("no target 'nonsense': expected capture or spec or vhost or vfio\n")

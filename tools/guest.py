@@ -90,18 +90,20 @@ class Guest:
                its length in front, 4 bytes big-endian. None: frames go nowhere.
     iommu      an emulated Intel IOMMU in front of the NICs
     user       the uid (and gid) that the command runs as, instead of root
+    devices    more of QEMU's arguments
     channels   {name: path}: unix sockets on which QEMU listens, /dev/virtio-ports/NAME in the guest
     hugepages  of 2 MiB, set aside at boot
     `addresses` are the NICs' in the guest, in order; `folder` is the guest's SHARE. It is removed at the end.
     """
 
-    def __init__(self, command, *, nics=(), iommu=False, user=None, channels=None, memory="2G", hugepages=64,
-                 append="", environment=None):
+    def __init__(self, command, *, nics=(), iommu=False, user=None, channels=None, devices=(), memory="2G",
+                 hugepages=64, append="", environment=None):
         self.parts = guest_parts.parts()
         self._command, self._user, self._environment = command, user, environment or {}
         self._iommu, self._memory, self._channels = iommu, memory, channels or {}
         self._append = f"hugepages={hugepages} {append}"
         self._nics, self.addresses = nic_options(nics, iommu)
+        self._devices = list(devices)
         self.folder, self._process = None, None
 
     def __enter__(self):
@@ -147,7 +149,7 @@ class Guest:
         (self.folder / "start").write_text(START.format(
             version=parts.version, modules=quote(str(parts.modules)), busybox=quote(str(parts.busybox)), share=SHARE,
             modprobe=shlex.join(parts.command("usr/bin/kmod", name="modprobe")), cwd=quote(os.getcwd()),
-            user=user, reach=_reach() if self._user else ""))
+            user=user, reach=_reach(self._exported().get("PYTHONPATH", ""))))
         (self.folder / "command").write_text("".join(
             f"export {name}={quote(value)}\n" for name, value in self._exported().items())
             + f"exec {shlex.join(map(str, self._command))}\n")
@@ -165,7 +167,8 @@ class Guest:
                  "-accel", "tcg,thread=single", "-cpu", "Nehalem", "-smp", "1", "-m", self._memory,
                  "-kernel", str(self.parts.kernel), "-initrd", str(self.folder / "initramfs"),
                  "-serial", f"file:{self.folder / 'console'}",
-                 "-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr "
+                 # no_timer_check, nowatchdog: on a busy machine the guest's time stands still now and then
+                 "-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off no_timer_check nowatchdog "
                  + "intel_iommu=on iommu=nopt " * self._iommu + self._append]
         if self._iommu:
             words += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
@@ -178,7 +181,7 @@ class Guest:
         for name, backend in ports.items():
             kind, _, rest = backend.partition(",")
             words += ["-chardev", f"{kind},id={name},{rest}", "-device", f"virtserialport,chardev={name},name={name}"]
-        return words + self._nics
+        return words + self._nics + self._devices
 
 
 def portable_kernels():
@@ -186,15 +189,14 @@ def portable_kernels():
     return {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
 
 
-def _reach():
-    """Shell lines that let another user into the folders that the command needs. They change the guest's layer only."""
-    places = {Path(os.getcwd()), Path(sys.prefix), Path(sys.executable).resolve(),
-              *(Path(one).absolute() for one in os.environ.get("PYTHONPATH", "").split(":") if one)}
+def _reach(python_path):
+    """Shell lines that let every user into the folders that Python needs. They change the guest's own layer only."""
+    places = [Path.cwd(), Path(sys.prefix), Path(sys.base_prefix), guest_parts.cache_folder(),
+              *(Path(one).absolute() for one in python_path.split(":") if one)]
     parents = sorted({str(parent) for place in places for parent in [place, *place.parents]})
-    cache = shlex.quote(str(guest_parts.cache_folder().parent))
-    return (f"chmod a+rx {shlex.join(parents)} 2>/dev/null\n"
-            f"mkdir -p {cache}; find {cache} -maxdepth 1 -type d -exec chmod a+rwx '{{}}' +\n"
-            f"chmod a+x {shlex.join(map(str, guest_parts.cache_folder().parents))}")
+    cache = shlex.quote(str(guest_parts.cache_folder().parent))  # of compiled kernels
+    return (f"mkdir -p {cache}; chmod a+rx {shlex.join(parents)} 2>/dev/null\n"
+            f"find {cache} -maxdepth 1 -type d -exec chmod a+rwx '{{}}' +")
 
 
 def follow(guest, timeout_s):

@@ -180,10 +180,9 @@ class _Context(CPUContext):
 
     def _refuse_negative_slice(self, builder, kind, value):
         ends = self.make_helper(builder, kind, value)
-        missing = builder.icmp_signed("==", ends.stop, ends.stop.type(types.intp.minval))  # a[…::-1]
-        negative = builder.or_(_negative(builder, ends.start), _negative(builder, ends.stop))
-        self.raise_if(builder, builder.and_(negative, builder.not_(missing)), IndexError,
-                      "a slice that counts from the end of the array")
+        given = builder.icmp_signed("!=", ends.stop, ends.stop.type(types.intp.minval))  # which a[…::-1] has for none
+        wrong = builder.or_(_negative(builder, ends.start), builder.and_(given, _negative(builder, ends.stop)))
+        self.raise_if(builder, wrong, IndexError, "a slice that counts from the end of the array")
 
     def _require_checked(self, fn, key, sig):
         """Refuse calls of what is neither compiled with these checks nor known to need none."""
@@ -268,7 +267,7 @@ def _negate(context, builder, sig, args, found):
     value = context.cast(builder, args[0], sig.args[0], kind)
     wrong = builder.icmp_signed("==" if kind.signed else "!=", value, value.type(kind.minval))
     context.raise_if(builder, wrong, OverflowError, f"-x does not fit {kind}")
-    return found(builder, args)
+    return builder.neg(value)  # Numba's own negates in the narrow type
 
 
 def _absolute(context, builder, sig, args, found):

@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message says: device, expected, seen, remedy."""
 
+import traceback
+
 
 class IxyError(Exception):
     """Something outside the program is wrong (device, memory, file, peer). Apps exit with code 1."""
@@ -23,6 +25,16 @@ class DeviceGoneError(IxyError):
 
 class DmaError(IxyError, MemoryError):
     """DMA memory could not be had, or cannot be reached by the device."""
+
+
+class KernelError(IxyError, RuntimeError):
+    """A kernel was stopped by one of its own checks: an index, an overflow, a division by zero."""
+
+    @classmethod
+    def of(cls, error):
+        """The exception that a compiled kernel ended with, as one line that names kernel, file and line."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return cls(f"{place.filename}:{place.lineno}: kernel {place.name}: {type(error).__name__}: {error}")
 
 
 class ClosedError(IxyError, ValueError):

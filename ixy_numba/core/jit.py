@@ -91,11 +91,14 @@ def _absorb(digest, value, seen):
     if hasattr(value, "__wrapped__") and not isinstance(value, type):
         value = inspect.unwrap(value)  # a kernel, an intrinsic or a handler stands for its source
     if isinstance(value, pytypes.FunctionType):
-        if id(value) in seen or (seen and _is_ours(value)):  # the cache directory's name tells our own sources
+        if id(value) in seen:
             return
-        seen.add(id(value))
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        _absorb_code(digest, value.__code__, value.__globals__, seen)
+        if seen and _is_ours(value):  # the cache directory's name tells our own sources
+            digest.update(f"{value.__module__}.{value.__qualname__}".encode())
+        else:
+            seen.add(id(value))
+            _absorb_code(digest, value.__code__, value.__globals__, seen)
         for part in [*cells, *(value.__defaults__ or ())]:
             _absorb(digest, part, seen)
     elif isinstance(value, (np.ndarray, np.generic)):

@@ -211,7 +211,10 @@ def _view(typingctx, buffer, length, port):
 
 
 class Packet:
-    """A packet in plain Python: over any uint8 array, with the kernel view's rules."""
+    """A packet in plain Python: over any uint8 array, with the kernel view's rules.
+
+    Bytes and fields are Python's integers, which are exact: in a kernel, arithmetic on them has 64 bits.
+    """
 
     def __init__(self, data, port=0):
         self.data, self.port = data, port
@@ -222,7 +225,7 @@ class Packet:
     def __getitem__(self, index):
         if isinstance(index, slice):
             return Packet(self.data[self._inside(index)], self.port)
-        return np.uint8(self.data[self._at(index, 1)])
+        return int(self.data[self._at(index, 1)])
 
     def __setitem__(self, index, value):
         if isinstance(index, slice):
@@ -266,13 +269,13 @@ class Packet:
         return len(self.data)
 
     def be16(self, offset):
-        return np.uint16(self._load(offset, 2))
+        return self._load(offset, 2)
 
     def be32(self, offset):
-        return np.uint32(self._load(offset, 4))
+        return self._load(offset, 4)
 
     def be64(self, offset):
-        return np.uint64(self._load(offset, 8))
+        return self._load(offset, 8)
 
     def set_be16(self, offset, value):
         self._store(offset, 2, value)

@@ -237,7 +237,8 @@ def free_batch(pool, batch, first, end):
     table = pool.table
     check_open(table)
     freed = ZERO
-    for k in range(U(first), min(U(end), U(len(batch.packet)))):
+    size = U(len(batch.packet))
+    for k in range(min(U(first), size), min(U(end), size)):
         handle = batch.packet[k]
         if not owns(pool, handle):
             table.bad_handles += ONE

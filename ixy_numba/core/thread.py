@@ -8,7 +8,7 @@ import numpy as np
 from numba.core.dispatcher import Dispatcher
 from numba.core.typing.typeof import typeof
 
-from .errors import IxyError
+from .errors import IxyError, KernelError
 
 AT_ONCE = 2  # in a stop word: now, not after what can still be finished
 
@@ -17,8 +17,8 @@ class KernelThread(threading.Thread):
     """Runs `kernel(*args)` once started.
 
     Attributes: `began` and `ended`, time.monotonic() around the run, without the time to compile or load it (None
-    before); `error`, what it raised. It is a daemon: set the kernel's stop word and join it. Closing a device, a pool
-    or memory that it works on does that: see `stop_kernels`.
+    before); `error`, what it raised, a KernelError where a check stopped it. It is a daemon: set the kernel's stop word
+    and join it. Closing a device, a pool or memory that it works on does that: see `stop_kernels`.
     """
 
     def __init__(self, kernel, *args):
@@ -33,6 +33,9 @@ class KernelThread(threading.Thread):
                     self.kernel.compile(tuple(map(typeof, self.args)))
             self.began = time.monotonic()
             self.kernel(*self.args)
+        except (ArithmeticError, LookupError) as error:
+            self.error = KernelError.of(error)
+            self.error.__cause__ = error
         except BaseException as error:
             self.error = error
         finally:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from ..core.capture import Clock, now_ns
-from ..core.errors import IxyError, UsageError
+from ..core.errors import IxyError, KernelError, UsageError
 from ..core.jit import kernel
 from ..core.libc import sleep_us
 from ..core.memory import new_record
@@ -199,7 +199,7 @@ class _Worker:
                 serve(self.control, devices, self.engine.clock.record)
                 self.engine.service(self.number)
         except BaseException as error:  # reported by the devices' check()
-            self.failed = error
+            self.failed = KernelError.of(error) if isinstance(error, ArithmeticError | LookupError) else error
             for device in self.engine.devices:
                 if device.worker == self.number:
                     device.busy = 0

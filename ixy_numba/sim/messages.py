@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 
-INTX, MSI, MSIX = range(3)
+INTX, MSI, MSIX, FAULT = range(4)  # the last is never raised
 _SIGNAL = (1).to_bytes(8, "little")
 
 
@@ -16,7 +16,7 @@ class Messages:
 
     def __init__(self, function):
         self._function = function
-        self._files = ({}, {}, {})  # an index: {vector: eventfd}
+        self._files = ({}, {}, {}, {})  # an index: {vector: eventfd}
         self._pending = set()
         self._level = self._masked = False
 
@@ -79,7 +79,7 @@ class Messages:
         return True
 
     def close(self):
-        for index in (INTX, MSI, MSIX):
+        for index in range(len(self._files)):
             self.disconnect(index)
 
 

@@ -203,7 +203,7 @@ class Model:
     def _write_ctrl(self, value):
         if value & (r.CTRL.RST | r.CTRL.LRST):
             self.reset()
-            value &= ~(r.CTRL.RST | r.CTRL.LRST)
+            value = 0
         # DEVIATION(sim-instant): resets, enables and link training are done at once; hardware takes up to milliseconds.
         self.set(r.CTRL, value)
         self._latch()

@@ -12,6 +12,7 @@ INSERT_IP, INSERT_L4 = U(1 << 40), U(1 << 41)  # POPTS.IXSM and TXSM
 IPSEC, OFFLOADS = U(1 << 42), U(7 << 40)  # all three
 IPV4, L4_TYPE, L4_UDP, L4_TCP, L4_SCTP = U(1 << 10), U(3 << 11), ZERO, U(1 << 11), U(2 << 11)  # TUCMD of the context
 PAYLEN_SHIFT = U(46)
+ALL_FLAGS = U(0xFFF)  # of a segment that is first and last
 HEADROOM = U(16)  # in front of the segment: room for a VLAN tag
 LONGEST = U(SCRATCH_SIZE)
 
@@ -32,6 +33,17 @@ def l4_kind(out):
 @kernel(inline=True)
 def segment_size(out):
     return out.tucmd >> U(48)
+
+
+@kernel(inline=True)
+def segmented(out):
+    return out.command & (DEXT | TSE) == DEXT | TSE
+
+
+@kernel(inline=True)
+def payload_size(out):
+    """Bytes that go on the wire in pieces: the whole frame, or what follows the headers of a segmented one."""
+    return out.length - layers(out)[2] if segmented(out) else out.length
 
 
 @kernel
@@ -64,7 +76,7 @@ def next_segment(device):
     Length 0: the CRC that the driver brought is wrong.
     """
     out, start = device.outgoing, device.segment_at + HEADROOM
-    if out.command & (DEXT | TSE) == DEXT | TSE:
+    if segmented(out):
         taken = _cut(device, start)
         length = layers(out)[2] + taken
     else:
@@ -83,12 +95,11 @@ def _cut(device, start):
     """One segment of TCP or UDP with its headers brought in line; returns the bytes of payload in it. 7.2.4."""
     out = device.outgoing
     network, transport, payload = layers(out)
-    size, total = segment_size(out), out.length - payload
-    sent = out.sent
-    taken = min(size, total - sent)
+    size, sent = segment_size(out), out.sent
+    taken = min(size, out.end - sent)
     copy(start, device.tx_scratch_at, payload)
     copy(start + payload, device.tx_scratch_at + payload + sent, taken)
-    number, last = sent // size, sent + taken == total
+    number, last = sent // size, sent + taken == out.end
     ip, l4, length = start + network, start + transport, payload + taken
     if out.tucmd & IPV4:
         store16(ip + U(2), swap16(length - network))
@@ -102,7 +113,10 @@ def _cut(device, start):
     sequence = (sequence + sent) & LOW32
     store16(l4 + U(4), swap16(sequence >> U(16)))
     store16(l4 + U(6), swap16(sequence & LOW16))
-    kept = device.last_flags if last else device.first_flags if number == ZERO else device.middle_flags
+    if last:
+        kept = device.last_flags if number else ALL_FLAGS
+    else:
+        kept = device.middle_flags if number else device.first_flags
     store8(l4 + U(13), load8(l4 + U(13)) & kept & U(0xFF))
     return taken
 
@@ -125,7 +139,7 @@ def insert(device, start, length):
         store32(l4 + U(8), sctp_checksum(l4, size))
         return
     total = words(l4, size)
-    if out.command & TSE:
+    if segmented(out):
         total += swap16(size)
     checksum = ~fold(total) & LOW16
     if kind == L4_UDP:

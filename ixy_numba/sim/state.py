@@ -59,7 +59,8 @@ PENDING = np.dtype(_words(  # the frame that waits for descriptors, its fate dec
     "waiting", "address", "length", "bad", "queue", "hash", "type",
     "status", "vlan"))  # checksum and VLAN bits of the write-back, the tag that was stripped
 OUTGOING = np.dtype(_words(  # the frame in the transmit scratch, as long as not all of it is on the wire
-    "waiting", "queue", "used", "length", "sent",  # whose (its `registers`), descriptors, bytes, of them sent
+    "waiting", "queue", "used", "length",  # whose (its `registers`), descriptors, bytes
+    "sent", "end",  # bytes on the wire, of the frame or of the payload to be segmented; how many there are
     "command", "last", "lengths", "tucmd"))  # first and last descriptor's command; the context's two words
 
 DEVICE = np.dtype([

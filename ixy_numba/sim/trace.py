@@ -12,15 +12,12 @@ class Trace:
     """For `Model.trace`. Registers that the model only stores have no name."""
 
     def __init__(self, path):
-        self._file = open(path, "w", encoding="ascii")
+        self._file = open(path, "w", buffering=1, encoding="ascii")
         self._start = time.monotonic()
 
     def __call__(self, kind, offset, value):
         seconds = time.monotonic() - self._start
         self._file.write(f"{seconds:.6f} {kind} {offset:05x} {NAMES.get(offset, '-')} {value:08x}\n")
-
-    def flush(self):
-        self._file.flush()
 
     def close(self):
         self._file.close()

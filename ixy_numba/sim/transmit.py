@@ -10,7 +10,7 @@ from ..core.raw import (
     store_release32,
 )
 from .mac import CRC_SIZE, HEADER_SIZE, MAC_MASK, size_class
-from .offload import DEXT, IC, IFCS, OFFLOADS, TSE, VLE, next_segment, possible
+from .offload import DEXT, IC, IFCS, OFFLOADS, TSE, VLE, next_segment, payload_size, possible
 from .offload import LONGEST as LONGEST_FRAME
 from .state import (
     BATCH,
@@ -153,6 +153,7 @@ def assemble(device, queue, head, pending):
             if damaged or total < HEADER_SIZE or not possible(out):
                 device.wire[MODEL_FAULTS] += ONE
                 return used, DROPPED
+            out.end = payload_size(out)
             return used, COMPLETE
     if pending + ONE == queue.length:  # a full ring without an end
         device.wire[MODEL_FAULTS] += ONE
@@ -172,7 +173,7 @@ def _halt(device, queue):
 def send_segments(device, queue, now, time_ns):
     """Put device.outgoing on the wire, frame by frame; False if the rest has to wait."""
     out = device.outgoing
-    while out.sent < out.length:
+    while out.sent < out.end:
         address, length, taken = next_segment(device)
         if length:
             if not emit(device, queue, address, length, now, time_ns):

@@ -17,7 +17,7 @@ import threading
 
 from ..core.errors import IxyError
 from .guest_memory import GuestMemory
-from .messages import INTX, Messages, check_eventfd
+from .messages import INTX, MSIX, Messages, check_eventfd
 from .pci import BAR2_SIZE, BAR4_SIZE, CONFIG_SIZE, VECTORS, PciFunction
 from .state import MAX_MAPPINGS
 
@@ -31,7 +31,7 @@ LONGEST = HEADER.size + ACCESS.size + MAX_TRANSFER
 (VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, GET_REGION_INFO, GET_REGION_IO_FDS, GET_IRQ_INFO, SET_IRQS, REGION_READ,
  REGION_WRITE, DMA_READ, DMA_WRITE, RESET) = range(1, 14)
 REGIONS, CONFIG = 9, 7  # of VFIO's PCI devices: BARs 0 to 5, ROM, configuration space, VGA
-IRQS = ((1, 7), (1, 1), (VECTORS, 1), (0, 0), (0, 0))  # (count, flags): INTx can be masked and masks itself
+IRQS = ((1, 7), (1, 1), (VECTORS, 1), (1, 1), (0, 0))  # (count, flags): INTx can be masked and masks itself
 READABLE_WRITABLE, MAPPABLE, HAS_CAPABILITIES = 3, 4, 8
 RING_PAGES = ((0x1000, 0x1000), (0x6000, 0x2000))  # of BAR 0: the queues' registers without side effects on reading
 DATA_NONE, DATA_BOOL, DATA_EVENTFD, MASK, UNMASK, TRIGGER = (1 << k for k in range(6))
@@ -42,7 +42,7 @@ class ProtocolError(IxyError):
     """The client sent something that ends the connection."""
 
 
-class Refusal(Exception):  # noqa: N818: no error of ours, it is the answer
+class Refusal(Exception):
     """A request that is well formed and not supported: the client is told so. args: errno."""
 
 
@@ -145,14 +145,13 @@ class Connection:
             header = self._receive_header()
             if header is None:
                 return
-            number, command, size, flags, _ = HEADER.unpack(header)
-            if not HEADER.size <= size <= LONGEST or flags & KIND:
-                raise ProtocolError(f"message of {size} bytes with flags {flags:#x}: expected a request of "
-                                    f"{HEADER.size} to {LONGEST} bytes")
-            body = self._receive(size - HEADER.size)
             reply, error, files = b"", 0, ()
             try:
-                reply, *files = self._handle(command, body)
+                number, command, size, flags, _ = HEADER.unpack(header)
+                if not HEADER.size <= size <= LONGEST or flags & KIND:
+                    raise ProtocolError(f"message of {size} bytes with flags {flags:#x}: expected a request of "
+                                        f"{HEADER.size} to {LONGEST} bytes")
+                reply, *files = self._handle(command, self._receive(size - HEADER.size))
             except Refusal as refusal:
                 error = refusal.args[0]
             finally:
@@ -265,7 +264,7 @@ class Connection:
 
     def _set_irqs(self, body):
         _, flags, index, first, count = struct.unpack_from("<IIIII", body)
-        if index >= len(IRQS) or first + count > IRQS[index][0]:
+        if index > MSIX or first + count > IRQS[index][0]:
             raise Refusal(errno.EINVAL)
         kind, action = flags & (DATA_NONE | DATA_BOOL | DATA_EVENTFD), flags & (MASK | UNMASK | TRIGGER)
         vectors = range(first, first + count)

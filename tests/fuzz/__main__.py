@@ -14,7 +14,7 @@ HANG_SECONDS, MEMORY_MB = 10, 1024  # more than these is a finding
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__, allow_abbrev=False)
-    parser.add_argument("target", help="capture, spec")
+    parser.add_argument("target", help="capture, spec, vhost or vfio")
     parser.add_argument("--minutes", type=float, help="stop after so long (default: 1)", default=1)
     parser.add_argument("--runs", type=int, help="stop after so many inputs, if that is earlier", default=-1)
     parser.add_argument("--seed", type=int, default=SEED, help=f"of its choices ({SEED}); 0: another each time")

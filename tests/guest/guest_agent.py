@@ -14,29 +14,30 @@ import sys
 import time
 import traceback
 
-import ixy_numba.fwd
-import ixy_numba.pcap
-import ixy_numba.pktgen  # noqa: F401 - imported for the children
-from ixy_numba import cli
+from ixy_numba import cli, fwd, pcap, pktgen  # noqa: F401 - imported for the children, here and below
+from ixy_numba.bus import sysfs, vfio  # noqa: F401
+from ixy_numba.core.jit import cache_directory
+from tools import bind, main  # noqa: F401
 
 SHARE = "/run/guest"
 children = {}  # pid: exit code, once it has ended
 
 
 def start(target, args, user):
-    """Fork; the child runs module `target`'s app, or function `module:name` with `args`. Its pid names its output."""
+    """Fork; the child runs `target` with `args`: an app, a tool, or a function `module:name`. Its pid names its files.
+    """
     pid = os.fork()
     if pid == 0:
-        code = 70
         try:
             os.setsid()
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{SHARE}/{os.getpid()}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             become(user)
-            code = run(target, args)
+            code = run(target, args) or 0
             sys.stdout.flush()
         except BaseException:
             traceback.print_exc()
+            code = 70
         sys.stderr.flush()
         os._exit(code)
     children[pid] = None
@@ -53,13 +54,15 @@ def become(user):
 
 
 def run(target, args):
-    module, _, name = target.partition(":")
-    code = importlib.import_module(module)
+    name, _, function = target.partition(":")
+    module = importlib.import_module(name)
     try:
-        if name:
-            return getattr(code, name)(*args)
-        return cli.main(code.run, args)
-    except SystemExit as end:  # argparse
+        if function:
+            return getattr(module, function)(*args)
+        if name.startswith("tools."):
+            main(lambda: module.command(args))
+        return cli.main(module.run, args)
+    except SystemExit as end:  # of argparse, and of every tool
         return end.code
 
 
@@ -88,7 +91,7 @@ def shell(command, timeout_s):
     return done.returncode, done.stdout, done.stderr
 
 
-def main(port):
+def serve(port):
     verbs = {verb.__name__: verb for verb in (start, wait, kill, shell)}
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
@@ -105,5 +108,6 @@ def main(port):
 
 
 if __name__ == "__main__":
+    cache_directory().chmod(0o777)  # for the children of other users; it is in the guest's own layer
     with open("/dev/virtio-ports/agent", "r+b", buffering=0) as agent:
-        main(agent)
+        serve(agent)

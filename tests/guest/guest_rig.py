@@ -10,9 +10,11 @@ from pathlib import Path
 
 from guest_wire import Wire, until
 
+from tools import Refused
 from tools.guest import Guest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+PATHS = f"{HERE.parents[1]}:{HERE}"  # where Python finds the package, the tools and the tests' own modules
 BOOT_S, STEP_S = 240, 240  # hangs, not slow machines
 NOBODY = 65534
 
@@ -20,16 +22,16 @@ NOBODY = 65534
 class Machine:
     """A guest with the NICs `kinds`; NIC k is `nics[k]` in the guest and `wires[k]` here."""
 
-    def __init__(self, kinds, iommu):
+    def __init__(self, kinds, *, iommu, devices=()):
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="guest-wires-")))
             self.wires = [Wire(folder / str(k)) for k in range(len(kinds))]
             for wire in self.wires:
                 stack.callback(wire.close)
-            guest = Guest([sys.executable, str(Path(__file__).with_name("guest_agent.py"))], iommu=iommu,
+            guest = Guest([sys.executable, str(HERE / "guest_agent.py")], iommu=iommu,
                           nics=[(kind, wire.path) for kind, wire in zip(kinds, self.wires, strict=True)],
-                          user=None, channels={"agent": folder / "agent"},
-                          environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"})
+                          devices=devices, channels={"agent": folder / "agent"},
+                          environment={"PYTHONPATH": PATHS})
             self.nics, self.guest = guest.addresses, stack.enter_context(guest)
             for wire in self.wires:
                 wire.accept(BOOT_S)
@@ -73,8 +75,12 @@ class Machine:
         """Run an app to its end."""
         return self.start(f"ixy_numba.{name}", *args, user=user).end(code)
 
+    def tool(self, name, *args, code=0):
+        """Run one of the tools as root; returns what it prints."""
+        return self.start(f"tools.{name}", *args).end(code).out
+
     def close(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Refused):  # what has died or hangs is killed below
             self._agent.write(b'["end"]\n')
             self._agent.flush()
             self.guest.wait(30)

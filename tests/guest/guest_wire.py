@@ -1,8 +1,11 @@
 """The far end of an emulated NIC's cable: frames in and out of QEMU's unix socket, byte for byte."""
 
 import socket
+import struct
 import threading
 import time
+
+SEND_S = 60  # a NIC that takes nothing in for so long is dead
 
 
 class Wire:
@@ -20,6 +23,7 @@ class Wire:
         self._listening.settimeout(timeout_s)
         self._connection, _ = self._listening.accept()
         self._connection.settimeout(None)
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
         threading.Thread(target=self._receive, args=(self._connection.makefile("rb"),), daemon=True).start()
 
     def _receive(self, stream):
@@ -61,22 +65,6 @@ def carry(source, target, frames, window, timeout_s=60):
         source.send(frame)
     target.wait_for(len(frames), timeout_s)
     return list(target.received)
-
-
-def carry_both_ways(a, b, frames_of_a, frames_of_b, window):
-    """`carry` from a to b and from b to a at once: (what came out of b, what came out of a)."""
-    results = [None, None]
-
-    def one(k, *args):
-        results[k] = carry(*args, window)
-
-    threads = [threading.Thread(target=one, args=(0, a, b, frames_of_a)),
-               threading.Thread(target=one, args=(1, b, a, frames_of_b))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def until(condition, timeout_s, what):

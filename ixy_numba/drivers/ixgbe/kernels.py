@@ -113,7 +113,8 @@ def tx_batch(txq, batch, first, end):
     """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
     table = txq.pool.table
     lifetime.enter(txq.state)
-    k, end, tail = U(first), min(U(end), U(len(batch.packet))), tx_start(txq)
+    size = U(len(batch.packet))
+    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
