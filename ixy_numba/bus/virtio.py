@@ -4,8 +4,8 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-
 import numpy as np
+
 
 @dataclass(frozen=True)
 class Notifier:
