@@ -7,7 +7,7 @@ import numpy as np
 
 from ...bus.pci import PciBus
 from ...bus.virtio import RingAddresses, VirtioTransport
-from ...core.errors import DmaError, IxyError, UsageError
+from ...core.errors import IxyError, UsageError
 from ...core.memory import DmaMemory, new_record, record
 from ...core.pool import ADDRESS_SHIFT, BUFFER_SIZE
 from ...device import Device, Statistics
