@@ -18,6 +18,8 @@ TABLES = {
     "startup": "seconds to the first packet",
     "size": "lines of code and compressed size",
     "handlers": "a user's handlers in Python, beside the same in C",
+    "safety": "marks for what is protected, given by the tests; what each protection costs",
+    "vhost": "our virtio front-end beside DPDK's, each behind dpdk-testpmd's vhost-user ports",
     "soak": "a billion packets in one run, every buffer counted at the end",
 }
 
@@ -43,7 +45,7 @@ def arguments():
 
 def run(argv):
     if argv[:1] == ["--worker"]:
-        print(json.dumps(work(*argv[1:])))
+        serve(*argv[1:])
         return
     args = arguments().parse_args(argv)
     if args.command == "budget":
@@ -54,12 +56,15 @@ def run(argv):
         measure(args)
 
 
-def work(table, options):
-    """A worker process: what the table's `worker` returns, or the error that it ended with."""
-    try:
-        return {"result": importlib.import_module(f"bench.{table}").worker(**json.loads(options))}
-    except IxyError as error:
-        return {"error": str(error)}
+def serve(table):
+    """A worker process: for each line of options what the table's `worker` returns, or the error that it ended with."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no answer
+    for options in sys.stdin:
+        try:
+            answer = {"result": importlib.import_module(f"bench.{table}").worker(**json.loads(options))}
+        except IxyError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def measure(args):
@@ -74,7 +79,7 @@ def measure(args):
         _check_writable(path)  # now, not after the measurement
     if drawn:
         plots.require()
-    noise, info, found = common.Noise(), common.machine(), []
+    noise, info, found, parts = common.Noise(), common.machine(), [], {}
     for name in names:
         table = importlib.import_module(f"bench.{name}")
         try:
@@ -85,12 +90,15 @@ def measure(args):
             common.tell(f"== {error}; the table is left out\n")
             continue
         common.tell("\n".join([f"== {name}: {TABLES[name]}", "", *table.show(made), ""]))
-        found += made
+        if isinstance(made, dict):
+            parts |= made
+        else:
+            found += made
     info["noise"] = noise.summary()
     common.tell("\n".join(common.headline(info)))
     if args.json:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        result = {"machine": info, "commit": common.commit(), "date": now, "quick": args.quick, "rows": found}
+        result = {"machine": info, "commit": common.commit(), "date": now, "quick": args.quick, "rows": found, **parts}
         Path(args.json).write_text(common.as_json(result))
     for name in drawn:
         path = Path(args.plot)

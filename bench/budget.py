@@ -19,7 +19,7 @@ def count():
     found = {}
     for mode in MODES:
         say(f"budget: {mode} mode …")
-        for name, by_batch in callgrind(mode, BATCH_SIZES, with_rivals=False).items():
+        for name, by_batch in callgrind(mode, BATCH_SIZES, against=()).items():
             found[name] = {str(batch): round(events["instructions"], 2) for batch, events in by_batch.items()}
     return found
 

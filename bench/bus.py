@@ -40,6 +40,6 @@ class BenchBus(Bus):
         pass
 
 
-def open_bus(spec, options):
+def open_bus(spec, rest):
     """`bench`, or with the options of `sim`: a simulated 82599 that moves only when it is visited."""
-    return sim.open_bus(spec, options, manual=True) if options else BenchBus(spec)
+    return sim.open_bus(spec, rest, manual=True) if rest else BenchBus(spec)

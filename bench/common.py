@@ -1,5 +1,6 @@
 """What all tables share: who measured (machine, commit, noise), worker processes, rows, output."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,15 +61,42 @@ def worker_environment(mode="checked", **more):
 
 def in_worker(table, mode, environment=None, wrapper=(), **options):
     """`worker(**options)` of bench/<table>.py in a process of its own; returns what it returns."""
-    command = [*wrapper, sys.executable, "-m", "bench", "--worker", table, json.dumps(options)]
-    environment = worker_environment(mode, **environment or {})
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    if done.returncode:
-        raise IxyError(f"the {table} benchmark's {mode} process ended with code {done.returncode}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    if "error" in answer:
-        raise IxyError(f"{table}, {mode} mode: {answer['error']}")
-    return answer["result"]
+    with Worker(table, mode, environment, wrapper) as worker:
+        return worker.ask(**options)
+
+
+class Worker:
+    """A process that stays: `ask` has it call `worker` of bench/<table>.py, so that several can take turns.
+
+    `mode` and `environment` are what its kernels are compiled for; `wrapper` goes before its command.
+    """
+
+    def __init__(self, table, mode, environment=None, wrapper=()):
+        self._label = f"{table}, {mode} mode"
+        self._process = subprocess.Popen(
+            [*wrapper, sys.executable, "-m", "bench", "--worker", table], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=worker_environment(mode, **environment or {}), cwd=ROOT)
+
+    def ask(self, **options):
+        """What `worker(**options)` returns there; IxyError if it fails or the process ends."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(options) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise IxyError(f"{self._label}: the process ended with code {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise IxyError(f"{self._label}: {answer['error']}")
+        return answer["result"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
 
 
 def pin(which=-1):
@@ -166,9 +194,11 @@ LIMITS = ("What this does not show: a PCIe bus, real DMA and DDIO. The NIC is a 
 
 def as_json(result):
     """One row a line: results are kept in the repository, and changes of them are read."""
-    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
-    rows = ",\n".join("  " + json.dumps(row) for row in result["rows"])
-    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+    lists = {key: value for key, value in result.items() if isinstance(value, list)}
+    head = json.dumps({key: value for key, value in result.items() if key not in lists}, indent=1)
+    parts = [f' "{key}": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]" if rows else f' "{key}": []'
+             for key, rows in lists.items()]
+    return head[:-2] + "".join(f",\n{part}" for part in parts) + "\n}\n"
 
 
 def headline(info):

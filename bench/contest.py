@@ -50,12 +50,12 @@ class Contestant:
         return [f"{self.name}, batch {batch}: {fault}" for fault in faults]
 
 
-def contestants(handler="touch", forms=ours.FORMS, with_rivals=True, flags=rivals.FLAGS):
-    """Ours in these forms and this process's mode, and every rival that can be compiled."""
+def contestants(handler="touch", forms=ours.FORMS, against=None, flags=rivals.FLAGS):
+    """Ours in these forms and this process's mode, and the rivals of these names (None: all) that can be compiled."""
     pin()
     eviction = nic.new_eviction([])
-    compilers = rivals.compilers() if with_rivals else []
-    entries = [rivals.Rival(form, compiler.name, handler, flags) for compiler in compilers for form in rivals.FORMS]
+    entries = [rivals.Rival(form, compiler.name, handler, flags) for compiler in rivals.compilers()
+               for form in rivals.FORMS if against is None or f"{form}_{compiler.name}" in against]
     return [Contestant(entry, eviction) for entry in [*entries, *(ours.Ours(form, handler) for form in forms)]]
 
 

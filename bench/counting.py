@@ -104,19 +104,23 @@ class HardwareCounters:
 CALLGRIND_EVENTS = {"instructions": ("Ir",), "loads": ("Dr",), "stores": ("Dw",), "branches": ("Bc", "Bi")}
 
 
-def callgrind(mode, batch_sizes, with_rivals=True):
-    """{variant: {batch size: {event: per packet, "mix": …}}}, counted in two processes: one compiles, one counts."""
+def callgrind(mode, batch_sizes, against=None, environment=None):
+    """{variant: {batch size: {event: per packet, "mix": …}}}, counted in two processes: one compiles, one counts.
+
+    `against`: names of the rivals (None: all); `environment`: variables of these processes.
+    """
     if not shutil.which("valgrind"):
         raise Unavailable("events: counting instructions needs valgrind; install it (Debian: apt install valgrind)")
     if not shutil.which("gcc"):
         raise Unavailable("events: counting needs gcc for its probe; install it (Debian: apt install gcc libc6-dev)")
-    options = {"batch_sizes": list(batch_sizes), "with_rivals": with_rivals}
-    in_worker("counting", mode, GENERIC, **options)
+    options = {"batch_sizes": list(batch_sizes), "against": against}
+    environment = GENERIC | (environment or {})
+    in_worker("counting", mode, environment, **options)
     with tempfile.TemporaryDirectory(prefix="ixy_numba-callgrind-") as directory:
         wrapper = ["valgrind", "--quiet", "--tool=callgrind", "--collect-atstart=no", "--instr-atstart=no",
                    "--cache-sim=yes", "--branch-sim=yes", "--dump-instr=yes", "--compress-pos=no",
                    "--compress-strings=no", f"--callgrind-out-file={directory}/out", "--log-file=/dev/null"]
-        packets = in_worker("counting", mode, GENERIC, wrapper, code=directory, **options)
+        packets = in_worker("counting", mode, environment, wrapper, code=directory, **options)
         profiles = dict(_parse(path) for path in Path(directory).glob("out.*"))
         decoded = _disassemble(directory, {at for _, lines in profiles.values() for at in lines})
     found = {}
@@ -129,12 +133,12 @@ def callgrind(mode, batch_sizes, with_rivals=True):
     return found
 
 
-def worker(batch_sizes, with_rivals, code=None):
+def worker(batch_sizes, against, code=None):
     """Run every form for both lengths; under valgrind each becomes a dump. Returns {name|batch|length: packets}."""
     library = rivals.library("probe", "gcc", flags=GENERIC_FLAGS)
     toggle = ctypes.cast(library.probe_toggle, ctypes.c_void_p).value
     packets, first = {}, True
-    for player in contestants(with_rivals=with_rivals, flags=GENERIC_FLAGS):
+    for player in contestants(against=against, flags=GENERIC_FLAGS):
         driver = Counted(np.uint64(toggle), np.uint64(0), ONE, ONE, player.entry.driver)
         for batch in batch_sizes:
             _run(player, player.entry.driver, batch, LONG, WARM_UP_ROUNDS)

@@ -5,7 +5,7 @@ import re
 
 from ixy_numba.core.errors import IxyError
 
-from . import events, handlers, latency, size
+from . import events, handlers, latency, marks, ours, safety, size
 from .common import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -24,13 +24,18 @@ NAMES = {
 
 
 def results():
-    """{table: (rows, the result that they come from)}, of the newest result that has each table."""
+    """{table: (rows, the result that they come from)}, of the newest result that has each table.
+
+    The safety table has several kinds of rows: its "rows" are the result.
+    """
     found = {}
     loaded = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     for result in sorted(loaded, key=lambda result: result["date"]):
         for row in result["rows"]:
             rows, origin = found.get(row["table"], ([], None))
             found[row["table"]] = (rows + [row] if origin is result else [row]), result
+        if "marks" in result:
+            found["safety"] = result, result
     return found
 
 
@@ -130,5 +135,22 @@ def _handlers(rows):
     return markdown([f"cycles a packet, batch {handlers.BATCH_SIZE}, warm", *names], lines)
 
 
+def _safety(result):
+    rows = marks.table(result["marks"])
+    head = ["", *(name.strip() for name in marks.COLUMNS)]
+    table = markdown(head, [[f"**{name}**" if name not in marks.PUBLISHED else f"{name} (published)", *cells]
+                            for name, cells in rows.items()])
+    at = {row["path"]: row for row in result["cost"]
+          if row["protection"] == safety.ALL and row["batch_size"] == safety.BATCH_SIZES[-1]}
+    alone = {(row["path"], row["protection"]): row["ratio_to_fast"] for row in result["cost"]
+             if row["batch_size"] == safety.BATCH_SIZES[-1]}
+    cost = [[_name(path), f"{at[path]['cycles_per_packet']:.1f}", f"{at[path]['ratio_to_ixy_style'] or 0:.2f}",
+             *(f"{alone[path, which]:.2f}" for which in safety.VARIANTS[1:])] for path in ours.FORMS]
+    names = [which.replace("_", " ") for which in safety.VARIANTS[1:]]
+    return [*table, "", f"<sub>{'; '.join(marks.FOOTNOTES)}.</sub>", "",
+            *markdown(["batch 32, warm", "cycles a packet", "x C, ixy's way", *(f"x fast: {name}" for name in names)],
+                      cost)]
+
+
 FIGURES = {"throughput": _throughput, "events": _events, "latency": _latency, "endtoend": _endtoend,
-           "startup": _startup, "size": _size, "handlers": _handlers}
+           "startup": _startup, "size": _size, "handlers": _handlers, "safety": _safety}

@@ -55,18 +55,23 @@ def library(source, compiler, handler="touch", flags=FLAGS):
     return ctypes.CDLL(_compile(source, compiler, target, *flags, f"-DHANDLER={handler}", "-shared", "-fPIC"))
 
 
-def program(source, compiler):
-    """The path of an executable."""
-    return _compile(source, compiler, f"{source}-{compiler}", *FLAGS)
+def program(source, compiler, package=None):
+    """The path of an executable, built with what pkg-config says that `package` needs."""
+    wanted = _output("pkg-config", "--cflags", "--libs", package).split() if package else ()
+    return _compile(source, compiler, f"{source}-{compiler}", *wanted, *FLAGS)
 
 
 def _compile(source, compiler, target, *flags):
     path = str(Path(_directory().name) / target)
-    command = [compiler, *flags, "-o", path, str(SOURCES / f"{source}.c")]
+    _output(compiler, str(SOURCES / f"{source}.c"), *flags, "-o", path)
+    return path
+
+
+def _output(*command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise IxyError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[0]}")
-    return path
+    return done.stdout
 
 
 class Rival:

@@ -24,16 +24,22 @@ def parser(app, description, example):
         prog=f"python -m ixy_numba.{app}", description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example:\n  {example}\n\ndevices:\n{device_help()}")
+    made.add_argument("--unbind", action="store_true",
+                      help="take PCI devices from their kernel drivers (never one whose interface is up)")
     made.add_argument("--json", action="store_true",
                       help="figures go to stderr; the last line of stdout is one JSON object")
     return made
 
 
 def device_help():
+    from .bus import vhost_user
     from .sim import OPTIONS
 
-    lines = ["  sim[:KEY=VALUE,...]  a simulated 82599; keys:"]
-    return "\n".join(lines + [f"    {key:<12} {text}" for key, text in OPTIONS.items()])
+    kinds = {"0000:03:00.0  a PCI device: through VFIO if it is bound to vfio-pci, else as root": {},
+             "sim[:KEY=VALUE,...]  a simulated 82599; keys:": OPTIONS,
+             "vhost-user:PATH[,KEY=VALUE,...]  a vhost-user back-end that listens there; keys:": vhost_user.OPTIONS}
+    return "\n".join(line for kind, options in kinds.items() for line in (
+        f"  {kind}", *(f"    {key:<12} {text}" for key, text in options.items())))
 
 
 def between(low, high, kind=int):
@@ -85,10 +91,10 @@ def main(run, argv=None):
 
 
 def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, batch_size=32, packets=None,
-            duration_s=None, in_place=False, as_json=False):
+            duration_s=None, in_place=False, unbind=False, as_json=False):
     """Run `handler` between the devices named by `specs` until `stop` is set or the run ends; returns the exit code."""
     with contextlib.ExitStack() as stack:
-        devices = open_devices(specs, queues=queues, ring_size=ring_size, in_place=in_place)
+        devices = open_devices(specs, queues=queues, ring_size=ring_size, in_place=in_place, unbind=unbind)
         for device in devices:
             stack.callback(device.close)
         report = Report(app, devices, as_json, stop, duration_s)

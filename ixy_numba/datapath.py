@@ -21,9 +21,10 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import NativeValue, models, overload, register_model, typeof_impl, unbox
 
-from .core.errors import UsageError
+from .core.errors import ClosedError, UsageError
 from .core.jit import OPTIONS, fingerprint, kernel
 from .core.libc import yield_processor
+from .core.lifetime import CLOSED, any_closed, occupy
 from .core.memory import new_record
 from .core.mmio import cycles, likely, load_acquire, pause
 from .core.packet import packet_type, view
@@ -292,11 +293,16 @@ def forward_loop(rxqs, txqs, lane):
 
     Queue k of both belongs to port k. All of them share one pool. Ends when control.stop is set or control.budget
     packets are forwarded; nothing is left half-done then. Run it in a thread of its own: it holds no GIL and sees no
-    Ctrl-C.
+    Ctrl-C. ClosedError if one of the devices is closed, or was before.
     """
     control = lane.control
-    now, idle = cycles(), ZERO
+    now, idle, closed = cycles(), ZERO, ZERO
+    occupy(rxqs, ONE)
+    occupy(txqs, ONE)
     while load_acquire(control, "stop") == ZERO and control.forwarded < control.budget:
+        closed = any_closed(rxqs) | any_closed(txqs)
+        if closed != ZERO:
+            break
         moved = forward_round(rxqs, txqs, lane, 0)
         before, now = now, cycles()
         control.passes += ONE
@@ -305,6 +311,10 @@ def forward_loop(rxqs, txqs, lane):
             idle = ZERO
         else:
             idle = rest(idle)
+    occupy(rxqs, ZERO)
+    occupy(txqs, ZERO)
+    if closed != ZERO:
+        raise ClosedError(CLOSED)
 
 
 @kernel

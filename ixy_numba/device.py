@@ -1,17 +1,24 @@
 """`open_device(spec)`: from what a user types to a network device that is up, whatever its bus and driver."""
 
+import atexit
 import contextlib
 import importlib
 import re
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
 from .core.errors import ClosedError, IxyError, UsageError
+from .core.lifetime import close_queues
+from .core.memory import strongest
 from .core.pool import Pool
+from .core.thread import stop_kernels
 
-PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
-SCHEMES = {"sim": "ixy_numba.sim"}  # a module with `open_bus(spec, options)`
+PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+PCI = "ixy_numba.bus.pci"
+# A module with `open_bus(spec, rest)`, where `rest` is what follows the scheme.
+SCHEMES = {"sim": "ixy_numba.sim", "vhost-user": "ixy_numba.bus.vhost_user"}
 
 
 @dataclass
@@ -38,13 +45,34 @@ def mbit(packets, data_bytes):
     return (data_bytes + 24 * packets) * 8 / 1e6
 
 
+_open = set()  # keeps every device, its pools and their memory alive until it is closed, or the interpreter ends
+
+
+class WhileOpen:
+    """An attribute of a device that is gone once it is closed: ClosedError from then on."""
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __get__(self, device, owner=None):
+        if device is None:
+            return self
+        device._check_open()
+        return vars(device)[self._name]
+
+    def __set__(self, device, value):
+        vars(device)[self._name] = value
+
+
 class Device(ABC):
     """A network device that is up: `queues` receive and transmit queues, queue k of both on `pools[k]`.
 
-    `rx[k]` and `tx[k]` are what the verbs of `ixy_numba.datapath` take. Use it as a context manager, or `close()` it.
+    `rx[k]` and `tx[k]` are what the verbs of `ixy_numba.datapath` take. Use it as a context manager, or `close()` it:
+    until then it stays open, even if nobody refers to it any more.
     """
 
     driver = "?"
+    rx, tx, regs = WhileOpen(), WhileOpen(), WhileOpen()
     UNREPORTED = 0  # packets that may be sent and still hold their buffers, for as long as nothing more is sent
     in_place = False  # whether it sends from another device's receive rings: such a device has no pool
     MAX_QUEUES, RING_SIZES = 1, ()
@@ -57,7 +85,7 @@ class Device(ABC):
         if ring_size not in self.RING_SIZES:
             raise UsageError(f"{self.name}: ring size {ring_size}: expected a power of two from "
                              f"{self.RING_SIZES[0]} to {self.RING_SIZES[-1]}")
-        self.pools = pools or self.new_pools(queues, ring_size, 1, bus)
+        self.pools = pools or self.new_pools(queues, ring_size, [bus])
         if len(self.pools) != queues:
             raise UsageError(f"{self.name}: {len(self.pools)} pools for {queues} queues: expected one each")
         if len(set(map(id, self.pools))) != queues:
@@ -74,15 +102,17 @@ class Device(ABC):
                 warnings.warn(f"{self.name}: the link is down; it is used all the same, packets wait for it",
                               RuntimeWarning, stacklevel=4)
             undo.pop_all()
+        _open.add(self)
 
     @classmethod
-    def new_pools(cls, queues, ring_size, devices, bus):
-        """What `devices` devices share, one a queue."""
-        return transient_pools(queues, ring_size, devices, bus)
+    def new_pools(cls, queues, ring_size, buses):
+        """What the devices behind `buses` share, one a queue."""
+        return transient_pools(queues, ring_size, buses)
 
     @property
     def pool(self):
         """What `alloc_batch`, `free_batch` and `packet` take: the pool of queue 0."""
+        self._check_open()
         return self.pools[0].view
 
     def stats(self):
@@ -96,23 +126,44 @@ class Device(ABC):
         """What kernels counted since the device was opened: (misshapen frames, packets dropped instead of sent)."""
         return sum(int(rxq.state.errors) for rxq in self.rx), sum(int(txq.state.dropped) for txq in self.tx)
 
+    def check(self):
+        """Raise IxyError if the device or its transport failed since it was opened."""
+        self.bus.check()
+
     def set_promiscuous(self, on):
         """Accept frames for any address (the default), or only the device's own and broadcast."""
         self._check_open()
         self._set_promiscuous(on)
         self.promiscuous = on
 
-    def close(self):
-        """Queues off, DMA stopped, memory back. Stop the threads that use the device first. Safe to call twice."""
+    def close(self, timeout_s=60.0):
+        """Kernels stopped, queues off, DMA stopped, memory back. Safe to call twice.
+
+        A Forwarder or KernelThread on the device is told to stop and waited for. Any other kernel gets a ClosedError
+        from its next verb on one of the queues. IxyError, and nothing is given back, if one is still inside of a verb
+        or a loop after `timeout_s` seconds. IxyError, but closed, if the device does not become quiet.
+        """
         if self._closed:
             return
-        self._closed = True
-        errors = self._stop()
-        for pool in self.pools:
-            pool.unmap(self.bus)
-        self.bus.close()
+        self._end_kernels(timeout_s)
+        try:
+            errors = self._stop()
+            for pool in self.pools:
+                pool.unmap(self.bus)
+            self.bus.close()
+        finally:
+            self._closed = True
+            _open.discard(self)
         if errors:
             raise IxyError(f"{self.name}: closed, but it did not become quiet: {errors[0]}")
+
+    def _end_kernels(self, timeout_s):
+        states = [queue.state for queue in (*self.rx, *self.tx) if "state" in queue._fields]
+        try:
+            stop_kernels(lambda record: any(record is state for state in states), timeout_s)
+            close_queues(states, timeout_s)
+        except IxyError as error:
+            raise IxyError(f"{self.name} stays open: {error}") from None
 
     def _stop(self):
         """All DMA off, and all buffers back to their pools; returns the errors met."""
@@ -170,22 +221,35 @@ class Device(ABC):
         """Change it."""
 
 
-def transient_pools(queues, ring_size, devices, bus):
+@atexit.register
+def _close_all():
+    """The interpreter ends: no device may write to memory after that, nor a kernel read it while it goes."""
+    for device in list(_open):
+        try:
+            device.close()
+        except IxyError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def transient_pools(queues, ring_size, buses):
     """A pool a queue, each enough for both rings of every device and batches in hand, in powers of two."""
-    count = max(4096, 1 << (2 * ring_size * devices + 1024 - 1).bit_length())
-    return [Pool(count, bus.memory_needs, transient=True) for _ in range(queues)]
+    count = max(4096, 1 << (2 * ring_size * len(buses) + 1024 - 1).bit_length())
+    needs, shared = strongest(bus.memory_needs for bus in buses), any(bus.shares_memory for bus in buses)
+    return [Pool(count, needs, True, buses[0].numa_node, shared) for _ in range(queues)]
 
 
-def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, trace=None):
-    """Open what `spec` names and bring it up: `sim` or `sim:KEY=VALUE,…` (see `ixy_numba.sim`).
+def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, unbind=False, trace=None):
+    """Open what `spec` names and bring it up: a PCI address such as `0000:03:00.0`, `sim:KEY=VALUE,…` (see
+    `ixy_numba.sim`), or `vhost-user:PATH` (see `ixy_numba.bus.vhost_user`).
 
-    queues       receive and transmit queues (82599: 1 to 64)
-    ring_size    descriptors a ring (82599: a power of two, 64 to 4096)
+    queues       receive and transmit queues (82599: 1 to 64; vhost-user: what the back-end has, up to 7)
+    ring_size    descriptors a ring (a power of two; 82599: 64 to 4096, virtio: 64 to 32768)
     pools        one `Pool` a queue; devices that forward to each other share them. Default: pools of the device's own
+    unbind       take a PCI device from its kernel driver, unless an interface of it is up
     trace        called as trace("R" or "W", register, value) for every register access of the set-up
     UsageError for a spec or an argument that cannot be, IxyError for a device that does not come up.
     """
-    bus = open_bus(spec)
+    bus = open_bus(spec, unbind)
     try:
         return _attach(bus, queues, ring_size, pools, promiscuous, trace)
     except BaseException:
@@ -203,7 +267,7 @@ def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None):
     return _driver(bus)(bus, queues, ring_size, pools, promiscuous, trace)
 
 
-def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, trace=None):
+def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, unbind=False, trace=None):
     """Open several devices that share one pool a queue, so that packets can go from each to any; see `open_device`.
 
     With `in_place`, two devices that share their rings instead, for `Forwarder(…, in_place=True)` only.
@@ -211,46 +275,36 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     """
     if in_place and len(specs) != 2:
         raise UsageError(f"{len(specs)} device(s): expected two, to forward in place")
-    opened, pools = [], None
+    opened, buses, drivers = [], [], []
     try:
         for spec in specs:
-            bus = open_bus(spec)
-            try:
-                driver = _driver(bus, in_place)
-                pools = pools or driver.new_pools(queues, ring_size, len(specs), bus)
-                opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))
-            except BaseException:
-                bus.close()
-                raise
+            buses.append(open_bus(spec, unbind))
+            drivers.append(_driver(buses[-1], in_place))
+        pools = drivers[0].new_pools(queues, ring_size, buses) if specs else None
+        for driver, bus in zip(drivers, buses, strict=True):
+            opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))
     except BaseException:
         for device in opened:
             device.close()
+        for bus in buses[len(opened):]:
+            bus.close()
         raise
     return opened
 
 
-def open_bus(spec):
+def open_bus(spec, unbind=False):
     """The transport behind a device spec."""
+    if not spec.isprintable():  # a line break or a terminal's escape sequence would come out in every message
+        raise UsageError(f"device {spec!r}: expected printable characters only; rename the file or interface it names")
     if PCI_ADDRESS.fullmatch(spec):
-        raise UsageError(f"{spec}: PCI devices are not supported yet, only simulated ones; try 'sim'")
+        return importlib.import_module(PCI).open_bus(spec, unbind)
     scheme, _, rest = spec.partition(":")
     if scheme not in SCHEMES:
-        raise UsageError(f"no such device {spec!r}: expected {' or '.join(SCHEMES)}, or {scheme_example()}")
-    return importlib.import_module(SCHEMES[scheme]).open_bus(spec, parse_options(spec, rest))
+        raise UsageError(f"no such device {spec!r}: expected a PCI address such as 0000:03:00.0, "
+                         f"{' or '.join(SCHEMES)}, or {scheme_example()}")
+    return importlib.import_module(SCHEMES[scheme]).open_bus(spec, rest)
 
 
 def scheme_example():
-    return "'sim:KEY=VALUE,…' such as 'sim:in=file.pcap'"
+    return "'sim:KEY=VALUE,…' such as 'sim:in=file.pcap', or 'vhost-user:PATH'"
 
-
-def parse_options(spec, text):
-    """`a=1,b=2` as a dict; UsageError for anything else."""
-    options = {}
-    for part in text.split(",") if text else []:
-        key, equals, value = part.partition("=")
-        if not key or not equals or not value:
-            raise UsageError(f"{spec}: {part!r}: expected KEY=VALUE, separated by commas")
-        if key in options:
-            raise UsageError(f"{spec}: {key} is given twice")
-        options[key] = value
-    return options

@@ -84,7 +84,7 @@ class Forwarder:
             if thread.error is not None:
                 raise thread.error
         for device in self.devices:
-            device.bus.check()
+            device.check()
 
     @property
     def began(self):

@@ -45,7 +45,8 @@ def run(argv, stop):
     chosen = touch_and_forward if args.touch else forward
     return cli.forward("fwd", args.devices or ["sim:gen=line"] * 2, chosen, stop, queues=args.queues,
                        ring_size=args.ring_size, batch_size=args.batch_size, packets=args.packets,
-                       duration_s=args.duration, in_place=args.in_place, as_json=args.json)
+                       duration_s=args.duration, in_place=args.in_place, unbind=args.unbind,
+                       as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ is received into again once it is sent. Same handlers, same `Lane` as `datapath.
 
 import numpy as np
 
+from .core.errors import ClosedError
 from .core.jit import kernel
+from .core.lifetime import CLOSED, any_closed, occupy
 from .core.mmio import cycles, likely, load_acquire
 from .core.pool import ONE, ZERO
 from .datapath import (
@@ -50,11 +52,15 @@ def in_place_loop(rxqs, txqs, lane):
     """Forward between the two queues each of `rxqs` and `txqs`, until told to stop.
 
     Ends when control.stop is set or control.budget packets are forwarded; nothing is left half-done then. Run it in a
-    thread of its own: it holds no GIL and sees no Ctrl-C.
+    thread of its own: it holds no GIL and sees no Ctrl-C. ClosedError if one of the devices is closed, or was before.
     """
     control = lane.control
-    now, idle = cycles(), ZERO
+    now, idle, closed = cycles(), ZERO, ZERO
+    occupy(rxqs, ONE)
     while load_acquire(control, "stop") == ZERO and control.forwarded < control.budget:
+        closed = any_closed(rxqs)
+        if closed != ZERO:
+            break
         moved = in_place_round(rxqs, txqs, lane)
         before, now = now, cycles()
         control.passes += ONE
@@ -63,6 +69,9 @@ def in_place_loop(rxqs, txqs, lane):
             idle = ZERO
         else:
             idle = rest(idle)
+    occupy(rxqs, ZERO)
+    if closed != ZERO:
+        raise ClosedError(CLOSED)
 
 
 @kernel(inline=True)

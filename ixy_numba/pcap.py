@@ -65,7 +65,7 @@ def arguments():
 def run(argv, stop):
     args = arguments().parse_args(argv)
     with contextlib.ExitStack() as stack:
-        device = open_device(args.device)
+        device = open_device(args.device, unbind=args.unbind)
         stack.callback(device.close)
         writer = stack.enter_context(CaptureWriter(args.file, args.snaplen))
         job = new_record(JOB)
@@ -74,7 +74,7 @@ def run(argv, stop):
 
         def tick():
             writer.service()
-            device.bus.check()
+            device.check()
             clock.update()
 
         report = cli.Report("pcap", [device], args.json, stop, args.duration)

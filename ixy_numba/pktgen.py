@@ -84,7 +84,7 @@ def arguments():
 def run(argv, stop):
     args = arguments().parse_args(argv)
     with contextlib.ExitStack() as stack:
-        device = open_device(args.device)
+        device = open_device(args.device, unbind=args.unbind)
         stack.callback(device.close)
         frame, covered = udp_frame(args.size, device.mac, bytes.fromhex("020000000002"))
         device.pool.memory.buffer["octets"][:, : args.size] = frame  # once: what a buffer holds outlives its packet
@@ -95,7 +95,7 @@ def run(argv, stop):
         clock = Clock()
 
         def tick():
-            device.bus.check()
+            device.check()
             clock.update()
 
         report = cli.Report("pktgen", [device], args.json, stop, args.duration)

@@ -15,10 +15,6 @@ PEER = bytes.fromhex("020000000002")
 BUFFER = 2048
 
 
-def options(text):
-    return dict(part.split("=") for part in text.split(",")) if text else {}
-
-
 def frame(length=60, target=MAC, kind=b"\x88\xb5", fill=None):
     """An Ethernet frame of `length` bytes whose payload counts up (or is `fill`)."""
     payload = bytes(k % 251 for k in range(length)) if fill is None else bytes([fill]) * length
@@ -32,10 +28,9 @@ class Rig:
     """
 
     def __init__(self, text="", n=64, queues=1, buffer_kib=2, enable=True, fctrl=0x700, mac=True):
-        chosen = options(text)
-        if mac:
-            chosen.setdefault("mac", MAC.hex(":"))
-        self.bus = open_bus(f"sim:{text}", chosen, manual=True)
+        if mac and "mac=" not in text:
+            text += f"{',' if text else ''}mac={MAC.hex(':')}"
+        self.bus = open_bus(f"sim:{text}", text, manual=True)
         self.model, self.n, self.queues = self.bus.model, n, queues
         self.rings = DmaMemory(2 * queues * n * 16)
         self.rx_data = DmaMemory(queues * n * BUFFER)

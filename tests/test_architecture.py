@@ -29,7 +29,7 @@ ALLOWED = {
     # A fault that the model shared with the driver would cancel itself: of the driver it sees only what is the NIC's.
     "sim": ["core", "bus", "sim", "drivers.ixgbe.regs", "drivers.ixgbe.descriptors"],
     "forwarder": ["core", "device", "datapath", "in_place"],
-    "cli": ["core", "device", "forwarder", "sim"],
+    "cli": ["core", "bus", "device", "forwarder", "sim"],
     "": ["core", "device", "datapath", "forwarder", "cli"],  # the apps, and the public names
 }
 

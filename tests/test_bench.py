@@ -19,7 +19,7 @@ if INTERPRETED or MACHINE != "x86_64":
     pytest.skip("the benchmark times compiled code on x86-64", allow_module_level=True)
 
 from bench import __main__ as cli
-from bench import budget, common, contest, counting, latency, nic, ours, plots, readme, rivals, size
+from bench import budget, common, contest, counting, latency, marks, nic, ours, plots, readme, rivals, safety, size
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = [name for name in rivals.COMPILERS if shutil.which(name)]
@@ -242,6 +242,122 @@ def test_the_budget_allows_three_percent():
     assert budget.compare({"fused": {"8": 103.0}}, allowed) == []
     assert len(budget.compare({"fused": {"8": 103.1}}, allowed)) == 1
     assert budget.compare({"new": {"8": 1.0}}, allowed) == ["new at batch 8 has no budget"]
+
+
+# ---- safety: marks and costs
+
+MARKED = """
+import pytest
+
+@pytest.mark.safety("memory_bounds")
+@pytest.mark.parametrize("k", range(2))
+def test_both_pass(k): pass
+
+@pytest.mark.safety("memory_use_after_free", "packet_bounds")
+def test_passes(): pass
+
+@pytest.mark.safety("packet_bounds")
+def test_fails(): assert False
+
+@pytest.mark.safety("packet_use_after_free")
+def test_skips(): pytest.skip("as intended")
+
+@pytest.mark.safety("integer_overflow")
+@pytest.mark.xfail
+def test_fails_as_expected(): assert False
+
+def test_of_nothing(): pass
+"""
+
+
+def test_a_mark_needs_all_its_tests_to_pass(tmp_path):
+    (tmp_path / "test_it.py").write_text(MARKED)
+    given, tests = marks.measure(tmp_path)
+    assert tests == {"memory_bounds": {"passed": 2}, "memory_use_after_free": {"passed": 1},
+                     "packet_bounds": {"passed": 1, "failed": 1}, "packet_use_after_free": {"skipped": 1},
+                     "integer_overflow": {"skipped": 1}}
+    assert [name for name, yes in given.items() if yes] == ["memory_bounds", "memory_use_after_free"]
+    assert marks.table(given)["ixy_numba (tested)"] == ("✓", "✓", "✗", "✗", "✗")
+
+
+@pytest.mark.parametrize(("begins", "outcome"), [
+    ("import pytest; pytest.skip('no such part', allow_module_level=True)", "skipped"),
+    ("import pytest; pytest.importorskip('no_such_module')", "skipped"),
+    ("import no_such_module", "failed"),
+])
+def test_a_file_that_is_not_collected_gives_no_mark(tmp_path, begins, outcome):
+    (tmp_path / "test_it.py").write_text(begins + MARKED)
+    (tmp_path / "test_other.py").write_text('import pytest\n@pytest.mark.safety("memory_bounds")\ndef test_it(): pass')
+    given, tests = marks.measure(tmp_path)
+    assert tests["memory_bounds"][outcome] == 1 and not any(given.values())
+
+
+def test_without_a_test_there_is_no_mark(tmp_path):
+    given, tests = marks.measure(tmp_path)
+    assert not any(given.values()) and marks.reasons(tests)[0] == "memory_bounds: no test is marked for it"
+
+
+def test_the_published_table_is_whole():
+    assert list(marks.PUBLISHED) == [language for language, *_ in size.PUBLISHED]
+    assert sum(row.count("✓") for row in marks.PUBLISHED.values()) == 2 + 1 + 2 * 8 + 1
+
+
+@pytest.mark.parametrize(("variant", "mode", "left_out"), [
+    ("fast", "fast", 0), ("all", "checked", 0), ("packet_bounds", "checked", 4)])
+def test_a_variant_keeps_the_protections_that_it_names(variant, mode, left_out):
+    found, environment = safety.setting(variant)
+    names = environment["IXY_NUMBA_WITHOUT"].split(",")
+    assert found == mode and len(list(filter(None, names))) == left_out and variant not in names
+
+
+def test_protections_are_compared_within_a_turn():
+    runs = {("all", "fused"): [12.0, 30.0, 10.0], ("fast", "fused"): [10.0, 20.0, 10.0],
+            ("all", "ixy_style_gcc"): [24.0, 60.0, 40.0]}
+    assert safety._figures(runs, "all", "fused") == {
+        "cycles_per_packet": 12.0, "cycles_per_packet_fast": 10.0, "ratio_to_fast": 1.2, "ratio_to_ixy_style": 0.5}
+    without = {key: values for key, values in runs.items() if key[1] == "fused"}
+    assert safety._figures(without, "all", "fused")["ratio_to_ixy_style"] is None
+
+
+def safety_result(ratio):
+    cost = [{"path": path, "protection": protection, "batch_size": batch, "cycles_per_packet": 10.0,
+             "cycles_per_packet_fast": 9.0, "ratio_to_fast": ratio, "ratio_to_ixy_style": ratio,
+             "instructions_per_packet": None, "instructions_per_packet_fast": None}
+            for path in ours.FORMS for protection in safety.VARIANTS[1:] for batch in safety.BATCH_SIZES]
+    return {"marks": dict.fromkeys(marks.PROTECTIONS, True), "cost": cost,
+            "tests": dict.fromkeys(marks.PROTECTIONS, {"passed": 3}),
+            "handlers": [{**cost[0], "handler": "mac_swap", "batch_size": 32}]}
+
+
+def test_the_safety_figure_says_what_was_measured(tmp_path, monkeypatch):
+    (tmp_path / "s.json").write_text(common.as_json(result("2024-01-01", []) | safety_result(1.125)))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    made = readme.render("<!-- bench:safety -->\n<!-- /bench -->", readme.results())
+    assert "| **ixy_numba (tested)** | ✓ | ✓ | ✓ | ✓ | ✓ |" in made and "| C (published) | ✗ | ✗ | ✗ | ✗ | ✗ |" in made
+    assert made.count("1.12") == 3 * (1 + len(safety.VARIANTS[1:]))
+
+
+def test_targets_are_met_or_missed():
+    assert [safety.verdict(figure, limit) for _, figure, limit in safety.targets(safety_result(0.2))] == ["met"] * 6
+    verdicts = [safety.verdict(figure, limit) for _, figure, limit in safety.targets(safety_result(1.25))]
+    assert verdicts == ["missed"] * 5 + ["met"]
+    assert any(line.endswith("target 0.33: not measured") for line in safety.show(safety_result(0.2) | {
+        "cost": [{**row, "ratio_to_ixy_style": None} for row in safety_result(0.2)["cost"]]}))
+    assert "packet_bounds: 3 tests passed" in safety.show(safety_result(0.2))
+
+
+def test_a_variant_takes_turns_with_the_others(monkeypatch):
+    with common.Worker("safety", *safety.setting("fast")) as fast:
+        found = fast.ask(handler="touch", forms=["fused"], batch_size=32)
+        with pytest.raises(IxyError, match="safety, fast mode: "):
+            fast.ask(handler="touch", forms=["nonsense"], batch_size=32)
+    assert set(found) == {"fused"} | {"ixy_style_gcc"} & {f"ixy_style_{name}" for name in COMPILERS}
+    assert all(cycles > 0 for cycles in found.values())
+
+
+def test_a_worker_that_dies_is_one_line():
+    with common.Worker("no_such_table", "fast") as worker, pytest.raises(IxyError, match="ended with code 1"):
+        worker.ask()
 
 
 # ---- size

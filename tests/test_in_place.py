@@ -115,8 +115,8 @@ class Rig:
         return [read_capture(path) for path in self.paths]
 
 
-def manual(spec):
-    return open_sim(spec, device_module.parse_options(spec, spec.partition(":")[2]), manual=True)
+def manual(spec, unbind):
+    return open_sim(spec, spec.partition(":")[2], manual=True)
 
 
 def expected(arrivals, port):

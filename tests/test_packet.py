@@ -12,7 +12,7 @@ from tinynic import TinyNic
 from ixy_numba import Packet, alloc_batch, packet, resize
 from ixy_numba.core.jit import CHECKED, INTERPRETED, kernel
 from ixy_numba.core.packet import view
-from ixy_numba.core.pool import BUFFER_SIZE, BUFFER_STRIDE, Pool
+from ixy_numba.core.pool import BUFFER_SIZE, BUFFER_STRIDE, HEADROOM, Pool
 
 U = np.uint64
 CANARY = 0xCC
@@ -109,7 +109,7 @@ class Buffer:
         self.pool.map(TinyNic())
         batch = self.pool.batch()
         alloc_batch(self.pool.view, batch, U(30))
-        self.handle, self.start = batch.packet[29], 29 * BUFFER_STRIDE
+        self.handle, self.start = batch.packet[29], 29 * BUFFER_STRIDE + HEADROOM
 
     def fill(self, data):
         self.memory = self.pool.memory.array

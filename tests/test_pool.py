@@ -13,7 +13,7 @@ from ixy_numba.core import pool as pool_module
 from ixy_numba.core.errors import ClosedError, DmaError, IxyError, RegisterTimeout, UsageError
 from ixy_numba.core.jit import CHECKED, INTERPRETED
 from ixy_numba.core.memory import PAGE, DmaMemory
-from ixy_numba.core.pool import BUFFER_SIZE, BUFFER_STRIDE, MAX_BATCH, Pool
+from ixy_numba.core.pool import ADDRESS_SHIFT, BUFFER_SIZE, BUFFER_STRIDE, MAX_BATCH, Pool
 from ixy_numba.core.registers import Registers
 from ixy_numba.device import _attach
 from ixy_numba.drivers import ixgbe
@@ -65,22 +65,18 @@ class Model:
             if handle & 0xFFFF0000FFFFFFFF in self.held:
                 self.held.remove(handle & 0xFFFF0000FFFFFFFF)
                 index = handle & 0xFFFFFFFF
-                self.generation[index] = (self.generation[index] + 16) & 0x7FFF
+                self.generation[index] = (self.generation[index] + 16) & 0xFFFF
                 self.free.append(index)
                 freed += 1
             else:
                 self.bad_handles += 1
         return freed
 
-    def guessed(self, handle):
-        """Whether a handle that was never given out is the next one of its buffer: not told apart, and documented."""
-        index = handle & 0xFFFFFFFF
-        return index < self.count and handle >> 48 == self.generation[index] and self.handle(index) not in self.held
-
     def check(self, pool):
         table = pool.view.table
         assert table.free[: int(table.top)].tolist() == self.free
         assert (table.word & U(0xFFFF)).tolist() == self.generation
+        assert pool.outstanding().tolist() == sorted(handle & 0xFFFFFFFF for handle in self.held)
         assert (int(table.bad_handles), int(table.empty)) == (self.bad_handles, self.empty)
         account(pool, [], self.held)
 
@@ -110,11 +106,12 @@ def test_every_buffer_is_accounted_for(operations):
             elif what == "alter":
                 handles = [seen[argument[0] % len(seen)] ^ 1 << argument[1]]
             else:
-                handles = argument
-            handles = [handle for handle in handles if not model.guessed(handle)]
+                handles = argument + [model.handle(index) for index in range(0, pool.count, 7)]  # of free ones as well
             assert free(pool, handles) == model.give_back(handles)
         model.check(pool)
-    pool.close()
+    assert pool.recover() == len(model.held)
+    account(pool, [])
+    assert free(pool, sorted(model.held)) == 0
 
 
 @pytest.mark.parametrize("limit, got, short", [(0, 0, 0), (1, 1, 0), (256, 256, 0), (257, 256, 0), (1 << 63, 256, 0)])
@@ -150,11 +147,11 @@ def test_generations_wrap_and_keep_the_pools_id():
     pool = ready(64)
     first = alloc(pool, 1)
     free(pool, first)
-    for _ in range(2047):
+    for _ in range(4095):
         handle = alloc(pool, 1)
         assert handle != first and handle[0] >> 48 & 15 == pool.id
         free(pool, handle)
-    assert alloc(pool, 1) == first  # the reach of the check: 2048 uses of a buffer
+    assert alloc(pool, 1) == first  # the reach of the check: 4096 uses of a buffer
     assert pool.view.table.bad_handles == 0
 
 
@@ -228,7 +225,7 @@ def test_buffers_are_contiguous_for_the_device(monkeypatch, order):
     place = order(-(-pool.memory.size // PAGE))
     usable = set()
     for index in range(256):
-        start, last = index * BUFFER_STRIDE, index * BUFFER_STRIDE + BUFFER_SIZE - 1
+        start, last = index * BUFFER_STRIDE, (index + 1) * BUFFER_STRIDE - 1
         if start // PAGE == last // PAGE or place[last // PAGE] == place[start // PAGE] + 1:
             usable.add(index)
     assert 0 < pool.usable == len(usable) and (len(usable) == 256) == (order is np.arange)
@@ -236,15 +233,15 @@ def test_buffers_are_contiguous_for_the_device(monkeypatch, order):
     assert {handle & 0xFFFFFFFF for handle in handles} == usable
     for index in usable:
         pool.view.memory.buffer[index].octets[:BUFFER_SIZE] = index & 0xFF
-        address = int(pool.view.table.word[index]) >> 16
+        address = int(pool.view.table.word[index]) >> int(ADDRESS_SHIFT)
         assert (nic.dma(address, BUFFER_SIZE) == index & 0xFF).all()
 
 
 class OrdinaryPages(DmaMemory):
     """DMA memory in 4 KiB pages, also on a machine with huge ones."""
 
-    def __init__(self, size, needs):
-        super().__init__(size, needs)
+    def __init__(self, size, *how):
+        super().__init__(size, *how)
         self.size = -(-size // PAGE) * PAGE
         self.page_size = PAGE
 

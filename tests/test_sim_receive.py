@@ -16,6 +16,7 @@ from ixy_numba.sim import regs as m
 UPE, MPE, BAM, SBP = 1 << 9, 1 << 8, 1 << 10, 1 << 1
 JUMBO, NO_STRIP = 1 | 2 | 4 | 1 << 10, 1 | 1 << 10
 BROADCAST = b"\xff" * 6
+CHECKSUMS_RIGHT = 3 << 5  # IPCS and L4CS
 
 
 def write_pcap(path, frames):
@@ -118,7 +119,7 @@ def test_generated_frames_come_into_legacy_queues_too():
             rig.write(r.RDT[0], rig.read(r.RDT[0]) ^ 1)  # the generator's clock starts with the first answer
     assert (rigs[1].rx[0, :, 0] == before[:, 0]).all()  # a legacy write-back leaves the buffer's address
     for k in range(50):
-        assert int(rigs[1].rx[0, k, 1]) == 200 | (DD | EOP) << 32
+        assert int(rigs[1].rx[0, k, 1]) == 200 | (DD | EOP | CHECKSUMS_RIGHT) << 32
         assert rigs[0].buffer(0, k)[14:200].tobytes() == rigs[1].buffer(0, k)[14:200].tobytes()
     for rig in rigs:
         rig.close()

@@ -17,7 +17,7 @@ LINKS, AUTOC, RDRXCTL, SWSM, HLREG0, MAXFRS, FCTRL = 0x42A4, 0x42A0, 0x2F00, 0x1
 
 @pytest.fixture
 def bus():
-    bus = open_bus("sim", {"mac": MAC.hex(":")}, manual=True)
+    bus = open_bus("sim", f"mac={MAC.hex(':')}", manual=True)
     yield bus
     bus.close()
 
@@ -42,9 +42,10 @@ def test_no_field_of_the_state_hides_behind_an_attribute_of_numpy_records():
 
 
 @pytest.mark.parametrize(("offset", "value"), [
-    (CTRL, 0), (STATUS, 1 << 19 | 1 << 7), (EEC, 1 << 8 | 1 << 9), (LINKS, 1 << 30 | 3 << 28), (RDRXCTL, 1 << 3),
-    (HLREG0, 1 | 2 | 1 << 10), (MAXFRS, 1518 << 16), (FCTRL, 0), (0x3000, 0), (0x4A80, 0), (0x3C00, 512 << 10),
-    (0x3C04, 0), (0xCC00, 160 << 10), (0x1014, 2), (0x1028, 0), (0x6028, 0), (0xA204 + 8, 0), (EIMS, 0)])
+    (CTRL, 0), (STATUS, 1 << 19 | 1 << 7), (EEC, 1 << 8 | 1 << 9 | 8 << 11), (LINKS, 1 << 30 | 3 << 28),
+    (RDRXCTL, 1 << 3), (HLREG0, 1 | 2 | 1 << 10), (MAXFRS, 1518 << 16), (FCTRL, 0), (0x3000, 0), (0x4A80, 0x8100 << 16),
+    (0x3C00, 512 << 10), (0x3C04, 0), (0xCC00, 160 << 10), (0x1014, 2), (0x1028, 0), (0x6028, 0), (0xA204 + 8, 0),
+    (EIMS, 0)])
 def test_reset_state(bus, offset, value):
     assert bus.read32(offset) == value
 

@@ -491,11 +491,11 @@ def test_too_many_devices_are_refused_and_closing_makes_room():
     try:
         with pytest.raises(UsageError, match="64 devices"):
             for _ in range(100):
-                buses.append(open_bus("sim", {}, manual=True))
+                buses.append(open_bus("sim", "", manual=True))
     finally:
         for bus in buses:
             bus.close()
-    open_bus("sim", {}, manual=True).close()
+    open_bus("sim", "", manual=True).close()
     assert len(ENGINE._free) == free
 
 
@@ -504,7 +504,7 @@ def test_too_many_devices_are_refused_and_closing_makes_room():
 
 def refuse(text, pattern):
     with pytest.raises(UsageError, match=pattern):
-        open_bus(f"sim:{text}", dict(part.split("=", 1) for part in text.split(",")), manual=True)
+        open_bus(f"sim:{text}", text, manual=True)
 
 
 @pytest.mark.parametrize(("text", "pattern"), [
@@ -536,7 +536,7 @@ def test_every_key_is_documented_and_parsed():
 def test_files_that_cannot_be_opened_are_one_error_and_leave_nothing(text):
     free = len(ENGINE._free)
     with pytest.raises(IxyError):
-        open_bus("sim", dict([text.split("=")]), manual=True)
+        open_bus("sim", text, manual=True)
     assert len(ENGINE._free) == free
 
 
@@ -549,7 +549,7 @@ def test_rates(text, expected):
 
 
 def test_identity():
-    bus = open_bus("sim", {"device": "1528", "mac": "02:00:00:00:00:55"}, manual=True)
+    bus = open_bus("sim", "device=1528,mac=02:00:00:00:00:55", manual=True)
     assert (bus.vendor, bus.device, bus.simulated, bus.name) == (0x8086, 0x1528, True, "sim")
     assert bus.read32(0xA204) >> 8 & 0xFF == 0x55 and bus.bar0.shape == (0x20000,)
     bus.close()

@@ -54,7 +54,7 @@ def main(specs):
     try:
         while thread.is_alive() and not (first.bus.finite and first.bus.finished and line.head == line.tail):
             clock.update()
-            first.bus.check()
+            first.check()
             time.sleep(0.05)
     except KeyboardInterrupt:
         pass

@@ -2,6 +2,9 @@
 
 from abc import ABC, abstractmethod
 
+from ..core.errors import IxyError, UsageError
+from ..core.memory import HUGE
+
 
 class Bus(ABC):
     """One device on one transport. `name` is the device's spec, for messages."""
@@ -10,16 +13,18 @@ class Bus(ABC):
     vendor, device = 0, 0  # PCI ids
     simulated = False
     finite = False  # whether what it receives comes to an end (a capture, a number of generated frames)
-    memory_needs = "2 MiB huge pages"  # of core.memory: ANY, LOCKED or HUGE
+    memory_needs = HUGE  # of core.memory: ANY, PINNED or HUGE
+    numa_node = None  # the one it is next to
+    shares_memory = False  # whether the device is another process, which maps our memory
     bar0 = None  # BAR 0 as a uint8 array, for the queues' doorbells in kernels
 
-    @abstractmethod
     def read32(self, offset):
-        """The 32-bit register at byte `offset` of BAR 0."""
+        """The 32-bit register at byte `offset` of BAR 0, where the device has one."""
+        raise UsageError(f"{self.name} has no registers")
 
-    @abstractmethod
     def write32(self, offset, value):
         """Write the 32-bit register at byte `offset` of BAR 0."""
+        raise UsageError(f"{self.name} has no registers")
 
     @abstractmethod
     def map_dma(self, memory):
@@ -32,6 +37,16 @@ class Bus(ABC):
     @abstractmethod
     def close(self):
         """Let go of the device. The driver has made it quiet before."""
+
+    def enable_interrupts(self, vectors):
+        """An eventfd for each of `vectors` interrupt vectors. They are the bus's, until `disable_interrupts`."""
+        raise IxyError(f"{self.name}: no interrupts this way; on PCI, bind the device to vfio-pci")
+
+    def disable_interrupts(self):
+        """None any more, and their eventfds are closed."""
+
+    def mask_interrupt(self, vector, masked):
+        """Hold a vector's interrupts back; what is raised meanwhile may be lost."""
 
     def start(self):
         """Called once the driver has set the device up."""
@@ -47,3 +62,16 @@ class Bus(ABC):
     def summary(self):
         """More about a run, as a dict for the apps' JSON; empty for hardware."""
         return {}
+
+
+def parse_options(spec, text):
+    """`a=1,b=2` as a dict; UsageError for anything else."""
+    options = {}
+    for part in text.split(",") if text else []:
+        key, equals, value = part.partition("=")
+        if not key or not equals or not value:
+            raise UsageError(f"{spec}: {part!r}: expected KEY=VALUE, separated by commas")
+        if key in options:
+            raise UsageError(f"{spec}: {key} is given twice")
+        options[key] = value
+    return options

@@ -19,6 +19,10 @@ class RegisterTimeout(IxyError, TimeoutError):
     """A register did not take the expected value before its deadline."""
 
 
+class DeviceGoneError(IxyError):
+    """The device does not answer any more: it was removed, or lost its power or its memory space."""
+
+
 class DmaError(IxyError, MemoryError):
     """DMA memory could not be had, or cannot be reached by the device."""
 

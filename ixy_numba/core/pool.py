@@ -4,11 +4,17 @@ A packet in an application's hands is one `uint64`, its handle:
 
     bits  0..31  the buffer's index in its pool
     bits 32..47  the frame's length in bytes
-    bits 48..62  the buffer's generation; its low 4 bits are the pool's id
+    bits 48..63  the buffer's generation; its low 4 bits are the pool's id
 
-The pool's table has one word a buffer, `device address << 16 | generation`, so that one load serves both the descriptor
-and the check. The generation moves on when a buffer leaves the application (sent or freed): a handle kept from before,
-a handle freed twice, or one of another pool no longer matches, is counted in `bad_handles` and otherwise ignored.
+The pool's table has one word a buffer, so that one load serves both the descriptor and the check:
+
+    bits  0..15  the generation
+    bit  16      1 while the buffer is not the application's: free, or in a ring
+    bits 17..63  the buffer's device address
+
+A handle is good if it equals the low 17 bits, so there is none that is good while the buffer is in a ring or free, not
+even a forged one. The generation moves on when the buffer leaves the application (sent or freed): a handle kept from
+before, one freed twice, or one of another pool no longer matches, is counted in `bad_handles` and otherwise ignored.
 """
 
 import itertools
@@ -23,15 +29,18 @@ from .memory import ANY, DmaMemory, new_record
 U = np.uint64
 ZERO, ONE = U(0), U(1)
 INDEX_MASK, LENGTH_SHIFT, LENGTH_MASK = U(0xFFFFFFFF), U(32), U(0xFFFF)
-ADDRESS_SHIFT, GENERATION_SHIFT, GENERATION_MASK = U(16), U(48), U(0x7FFF)
-NEXT_GENERATION, CARRY = U(16), U(0x8000)  # bit 15 is always 0: what the generation carries into it is taken off
+ADDRESS_SHIFT, GENERATION_SHIFT = U(17), U(48)
+NEXT_GENERATION, KEPT = U(16), U(1 << 16)
+OWNER_MASK = U(0x1FFFF)  # generation and KEPT
+ADDRESS_LIMIT = 1 << 47
 
 BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
-BUFFER_STRIDE = 2176  # no power of two: neighbouring packets do not fight for the same cache sets
+HEADROOM = 128  # bytes in front of a packet, for the header that a virtio device puts before it
+BUFFER_STRIDE = HEADROOM + BUFFER_SIZE  # no power of two: neighbouring packets do not fight for the same cache sets
 MAX_BATCH = 256
-GENERATIONS = "packet_use_after_free" in PROTECTED
+GENERATIONS, LIFETIMES = "packet_use_after_free" in PROTECTED, "memory_use_after_free" in PROTECTED
 
-_BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
+_BUFFER = np.dtype([("headroom", "u8", (HEADROOM // 8,)), ("octets", "u1", (BUFFER_SIZE,))])
 BATCH = np.dtype([("packet", "u8", (MAX_BATCH,))])
 _ids = itertools.count(1)
 
@@ -48,24 +57,26 @@ class Pool:
 
     A packet received on one device and sent on another that share the pool returns to it. `bus.map_dma` makes the
     memory reachable for a device; the address must come out the same for every device of the pool.
-    A `transient` pool closes itself when the last of its devices does.
+    A pool stays alive as long as a device uses it. A `transient` one closes itself when the last of its devices does.
+    `needs`, `node` and `shared` are those of `DmaMemory`.
     Raises UsageError for a count outside 64..262144, DmaError where memory is short.
     """
 
-    def __init__(self, count=4096, needs=ANY, transient=False):
+    def __init__(self, count=4096, needs=ANY, transient=False, node=None, shared=False):
         if not 64 <= count <= 262144:
             raise UsageError(f"pool of {count} buffers: expected 64 to 262144")
-        self.count, self.transient, self._devices = count, transient, 0
-        self.memory = DmaMemory(count * BUFFER_STRIDE, needs)
+        self.count, self.transient = count, transient
+        self.memory = DmaMemory(count * BUFFER_STRIDE, needs, node, shared)
         layout = np.dtype([("buffer", _BUFFER, (count,))])
         buffers, _ = self.memory.take(layout)
         slots = 1 << (count - 1).bit_length()  # a power of two: an index under a mask needs no check
         table = new_record(np.dtype([
             ("top", "u8"),  # buffers free[0:top] are free
             ("bad_handles", "u8"), ("empty", "u8"),  # refused handles; batches that an empty pool ended early
+            ("closed", "u8"),
             ("word", "u8", (slots,)), ("free", "u4", (slots,))]))
         self.id = next(_ids) % 16
-        table.word = self.id
+        table.word = self.id | int(KEPT)
         self.view = PoolView(table, buffers)
         self._addresses = None
 
@@ -74,30 +85,34 @@ class Pool:
         if self.memory.closed:
             raise ClosedError("this pool is closed; make another")
         addresses = bus.map_dma(self.memory)
-        first = addresses[np.arange(self.count) * BUFFER_STRIDE // self.memory.page_size]
-        first = first + np.arange(self.count) * BUFFER_STRIDE % self.memory.page_size
+        start, page = np.arange(self.count) * BUFFER_STRIDE + HEADROOM, self.memory.page_size
+        first = addresses[start // page] + start % page
+        if int(addresses.max()) >= ADDRESS_LIMIT:
+            bus.unmap_dma(self.memory)
+            raise DmaError(f"the device sees this pool at {int(addresses.max()):#x}: expected addresses below 2**47")
         if self._addresses is None:
             self._addresses = first
             self._fill(addresses, first)
         elif (self._addresses != first).any():
             bus.unmap_dma(self.memory)
             raise DmaError("the devices see this pool at different addresses; give each a pool of its own")
-        self._devices += 1
+        self.memory.users += 1
 
     def unmap(self, bus):
         """Take the buffers from the device behind `bus` again."""
         bus.unmap_dma(self.memory)
-        self._devices -= 1
-        if self.transient and not self._devices:
+        self.memory.users -= 1
+        if self.transient and not self.memory.users:
             self.close()
 
     def _fill(self, addresses, first):
-        """Every buffer that is contiguous for the device becomes free, the lowest on top."""
+        """Every buffer that is contiguous for the device, with its headroom, becomes free, the lowest on top."""
         table = self.view.table
         page = self.memory.page_size
-        end = np.arange(self.count) * BUFFER_STRIDE + BUFFER_SIZE - 1
+        start = np.arange(self.count) * BUFFER_STRIDE
+        end = start + BUFFER_STRIDE - 1
         last = addresses[end // page] + end % page
-        usable = np.flatnonzero(last - first == BUFFER_SIZE - 1)
+        usable = np.flatnonzero(last - (addresses[start // page] + start % page) == BUFFER_STRIDE - 1)
         table.word[: self.count] |= first.astype(np.uint64) << ADDRESS_SHIFT
         table.free[: len(usable)] = usable[::-1]
         table.top = len(usable)
@@ -127,8 +142,27 @@ class Pool:
         """How many buffers are free."""
         return int(self.view.table.top)
 
+    def outstanding(self):
+        """The buffers that the application holds, as indices: uint32. Not known in fast mode (UsageError)."""
+        if not GENERATIONS:
+            raise UsageError("without packet_use_after_free a pool does not know which buffers the application holds")
+        return np.flatnonzero(self.view.table.word & KEPT == ZERO).astype(np.uint32)
+
+    def recover(self):
+        """Take back all that the application holds, as after a kernel that raised with packets in its batch.
+
+        Returns how many; their handles are bad from then on. Call it while no kernel uses the pool.
+        """
+        indices, table = self.outstanding(), self.view.table
+        table.word[indices] = table.word[indices] + NEXT_GENERATION | KEPT
+        self.restore(indices)
+        return len(indices)
+
     def close(self):
+        """Give the memory back. UsageError while open devices use it; afterwards no handle of it is good any more."""
         self.memory.close()
+        table = self.view.table
+        table.closed, table.top, table.word = 1, 0, KEPT
 
 
 @kernel(inline=True)
@@ -136,8 +170,8 @@ def owns(pool, handle):
     """Whether `handle` is a packet of this pool that the application still holds. IXY_NUMBA_MODE=fast: always."""
     if GENERATIONS:
         index = handle & INDEX_MASK
-        generation = word_of(pool.table, index) & GENERATION_MASK
-        return index < U(len(pool.memory.buffer)) and generation == handle >> GENERATION_SHIFT
+        owner = word_of(pool.table, index) & OWNER_MASK
+        return index < U(len(pool.memory.buffer)) and owner == handle >> GENERATION_SHIFT
     return True
 
 
@@ -157,9 +191,25 @@ def take(table, top):
 def leave(table, index):
     """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
     word = word_of(table, index)
-    if GENERATIONS:
-        table.word[index & U(len(table.word) - 1)] = (word + NEXT_GENERATION) & ~CARRY
+    if GENERATIONS:  # the last generation carries into KEPT, which is 0, and the first one follows
+        table.word[index & U(len(table.word) - 1)] = (word + NEXT_GENERATION) | KEPT
     return word >> ADDRESS_SHIFT
+
+
+@kernel(inline=True)
+def lend(table, index):
+    """The buffer becomes the application's. Returns its generation, where a handle has it."""
+    word = word_of(table, index)
+    if GENERATIONS:
+        table.word[index & U(len(table.word) - 1)] = word & ~KEPT
+    return word << GENERATION_SHIFT
+
+
+@kernel(inline=True)
+def check_open(table):
+    """ClosedError if the pool is closed. Once a batch: the handles of a closed pool are all bad as well."""
+    if LIFETIMES and table.closed != ZERO:
+        raise ClosedError("this pool is closed; make another")
 
 
 @kernel
@@ -169,12 +219,14 @@ def alloc_batch(pool, batch, limit):
     `pool` is a device's or a queue's `.pool`; at most 256. An empty pool gives fewer and counts it.
     """
     table = pool.table
-    n = min(U(limit), U(MAX_BATCH), table.top)
-    if n < min(U(limit), U(MAX_BATCH)):
+    check_open(table)
+    limit = min(U(limit), U(len(batch.packet)))
+    n = min(limit, table.top)
+    if n < limit:
         table.empty += ONE
     for k in range(n):
         index = take(table, table.top - k)
-        batch.packet[k] = index | word_of(table, index) << GENERATION_SHIFT
+        batch.packet[k] = index | lend(table, index)
     table.top -= n
     return n
 
@@ -183,8 +235,10 @@ def alloc_batch(pool, batch, limit):
 def free_batch(pool, batch, first, end):
     """Give packets batch.packet[first:end] back to their pool; returns how many were valid. Others are counted."""
     table = pool.table
+    check_open(table)
     freed = ZERO
-    for k in range(min(U(first), U(MAX_BATCH)), min(U(end), U(MAX_BATCH))):
+    size = U(len(batch.packet))
+    for k in range(min(U(first), size), min(U(end), size)):
         handle = batch.packet[k]
         if not owns(pool, handle):
             table.bad_handles += ONE

@@ -3,7 +3,7 @@
 import time
 from enum import Enum
 
-from .errors import IxyError, RegisterTimeout, UsageError
+from .errors import DeviceGoneError, IxyError, RegisterTimeout, UsageError
 
 ALL_ONES = 0xFFFFFFFF
 
@@ -112,11 +112,13 @@ class Registers:
     """Access to one device's registers.
 
     `read32(offset) -> int` and `write32(offset, value)` come from the bus. `trace`, if given, is called as
-    `trace("R" or "W", register, value)` for every access, in order.
+    `trace("R" or "W", register, value)` for every access, in order. `never_ones` is a register that cannot read all
+    ones: where it does, the device is gone, and any read that comes back so is a DeviceGoneError.
     """
 
-    def __init__(self, device, read32, write32, trace=None):
+    def __init__(self, device, read32, write32, trace=None, never_ones=None):
         self.device, self._read32, self._write32, self.trace = device, read32, write32, trace
+        self._never_ones = never_ones
 
     def read(self, register):
         _single(register)
@@ -125,6 +127,9 @@ class Registers:
         value = self._read32(register.offset)
         if self.trace:
             self.trace("R", register, value)
+        if value == ALL_ONES and self._never_ones and self._read32(self._never_ones.offset) == ALL_ONES:
+            raise DeviceGoneError(f"{self.device}: {register.name} and {self._never_ones.name} read all ones, the "
+                                  "device is gone or its memory space is off")
         return value
 
     def write(self, register, value):

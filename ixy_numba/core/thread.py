@@ -4,10 +4,13 @@ import contextlib
 import threading
 import time
 
+import numpy as np
 from numba.core.dispatcher import Dispatcher
 from numba.core.typing.typeof import typeof
 
-from .errors import KernelError
+from .errors import IxyError, KernelError
+
+AT_ONCE = 2  # in a stop word: now, not after what can still be finished
 
 
 class KernelThread(threading.Thread):
@@ -15,7 +18,7 @@ class KernelThread(threading.Thread):
 
     Attributes: `began` and `ended`, time.monotonic() around the run, without the time to compile or load it (None
     before); `error`, what it raised, a KernelError where a check stopped it. It is a daemon: set the kernel's stop word
-    and join it.
+    and join it. Closing a device, a pool or memory that it works on does that: see `stop_kernels`.
     """
 
     def __init__(self, kernel, *args):
@@ -37,3 +40,34 @@ class KernelThread(threading.Thread):
             self.error = error
         finally:
             self.ended = time.monotonic()
+            for record in self.records():  # a kernel that ended by an error keeps no queue
+                if "busy" in record.dtype.names:
+                    record.busy = 0
+
+    def records(self):
+        """All records among the arguments, however deep in tuples."""
+        found = list(self.args)
+        for value in found:  # which grows
+            if isinstance(value, tuple):
+                found.extend(value)
+        return [value for value in found if isinstance(value, np.record)]
+
+
+def stop_kernels(uses, timeout_s):
+    """End every KernelThread with a record in its arguments for which `uses(record)`: set its stop words, wait for it.
+
+    IxyError if one has not ended after `timeout_s` seconds; one that is still being compiled ends after that.
+    """
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, KernelThread)
+               and thread is not threading.current_thread() and any(map(uses, thread.records()))]
+    for thread in threads:
+        for record in thread.records():
+            if "stop" in record.dtype.names:
+                record.stop = AT_ONCE
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+        if thread.is_alive():
+            raise IxyError(f"{thread.name} still runs on it {timeout_s} s after it was told to stop; nothing was "
+                           "unmapped, end that kernel and close again")
+

@@ -3,7 +3,7 @@
 One that can forward in place has another Device class, in its module `in_place`.
 """
 
-import importlib
+import importlib.util
 import pkgutil
 
 from ..core.errors import UsageError
@@ -15,6 +15,8 @@ def find(bus, in_place=False):
     for info in pkgutil.iter_modules(__path__):
         driver = importlib.import_module(f"{__name__}.{info.name}")
         if bus.vendor == driver.VENDOR and bus.device in driver.IDS:
+            if in_place and not importlib.util.find_spec(f"{driver.__name__}.in_place"):
+                raise UsageError(f"{bus.name}: {info.name} devices cannot forward in place; do without it")
             module = importlib.import_module(f"{driver.__name__}.in_place") if in_place else driver
             return next(c for c in vars(module).values()
                         if getattr(c, "driver", None) == info.name and c.__module__ == module.__name__)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from ..bus import Bus
+from ..bus import Bus, parse_options
 from ..core.capture import Capture, CaptureWriter
 from ..core.errors import IxyError
 from ..core.memory import ANY
@@ -33,7 +33,8 @@ class SimBus(Bus):
         self.name, self.manual, self.spec = name, manual, spec or Spec()
         self.device, self.finite = self.spec.device, self.spec.finite
         number = next(_numbers)
-        self.model = Model(self.spec.mac or bytes((2, 0x82, 0x59, 0x90, number >> 8 & 255, number & 255)))
+        mac = self.spec.mac or bytes((2, 0x82, 0x59, 0x90, number >> 8 & 255, number & 255))
+        self.model = Model(mac, self.device, 1e9 if manual else ENGINE.cycles_per_second)
         self.bar0 = self.model.bar0
         self._lock, self._failure, self._closed, self._started = threading.Lock(), None, False, False
         self._capture = self._writer = self._tap = self._cable = None
@@ -104,6 +105,11 @@ class SimBus(Bus):
         ended = not self.finite or int(state.taken) == int(state.limit) and self.model.all_taken
         return ended and self.model.quiet
 
+    def watch_cable(self):
+        """Let the device see whether its TAP interface is up; if not, its link is down."""
+        if self._tap:
+            self.model.set_link(self._tap.up)
+
     def check(self):
         ENGINE.check(self.model.slot)
         if self._failure:
@@ -129,7 +135,7 @@ class SimBus(Bus):
 
     def _connect_source(self):
         spec, state = self.spec, self.model.state
-        per_second = 1e9 if self.manual else ENGINE.cycles_per_second
+        per_second = self.model.per_second
         state.min_frame = spec.min_frame
         state.delay = round(spec.delay_us * 1e-6 * per_second)
         state.loss, state.corrupt = round(spec.loss * 2**32), round(spec.corrupt * 2**32)
@@ -138,7 +144,7 @@ class SimBus(Bus):
             state.paced, state.per_cycle = 1, spec.rate / per_second
         state.limit = ENDLESS if spec.frames is None else spec.frames
         if spec.generate:
-            frame, checksum = template(self.model.eeprom.mac, spec.size)
+            frame, checksum = template(self.model.management.eeprom.mac, spec.size)
             state.template[: spec.size] = np.frombuffer(frame, np.uint8)
             state.frame_size, state.flows, state.checksum, state.source = spec.size, spec.flows, checksum, GENERATOR
         elif spec.capture_in:
@@ -183,6 +189,7 @@ class SimBus(Bus):
                                    f"was it removed?")
                 if self._writer and not self._closed:
                     self._writer.service()
+                self.model.service()
             except IxyError as error:
                 self._failure = error
                 with self.model.held():
@@ -198,6 +205,6 @@ def _scrambled(seed):
     return value ^ value >> 31 or 1
 
 
-def open_bus(spec, options, manual=False):
-    """The simulated device that `spec` (the text that the user typed) with its parsed `options` describes."""
-    return SimBus(spec, parse(spec, options), manual)
+def open_bus(spec, rest, manual=False):
+    """The simulated device that `spec` (the text that the user typed) describes with `rest`, its KEY=VALUE,…"""
+    return SimBus(spec, parse(spec, parse_options(spec, rest)), manual)

@@ -57,9 +57,18 @@ class Cable:
 class Tap:
     """A TAP interface: frames written to `descriptor` appear on it; what it sends, the engine puts into `fifo`."""
 
-    def __init__(self, descriptor):
-        self.descriptor = descriptor
+    def __init__(self, name, descriptor):
+        self.name, self.descriptor = name, descriptor
         self._memory, self.fifo = new_fifo()
+
+    @property
+    def up(self):
+        """Whether the interface is up, as `ip link set … up` and `down` have it; False if it is gone."""
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                return bool(_flags(control, self.name) & _IFF_UP)
+        except OSError:
+            return False
 
     def close(self):
         if self.descriptor >= 0:
@@ -77,11 +86,15 @@ def open_tap(name):
     try:
         fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            request = struct.pack("16sH22x", name.encode(), 0)
-            flags = struct.unpack_from("H", fcntl.ioctl(control, _SIOCGIFFLAGS, request), 16)[0]
-            fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), flags | _IFF_UP))
+            up = struct.pack("16sH22x", name.encode(), _flags(control, name) | _IFF_UP)
+            fcntl.ioctl(control, _SIOCSIFFLAGS, up)
     except OSError as error:
         os.close(descriptor)
         hint = "it is in use by another program" if error.errno == 16 else "root or CAP_NET_ADMIN is needed"
         raise IxyError(f"tap={name}: cannot set the interface up: {error.strerror}; {hint}") from None
-    return Tap(descriptor)
+    return Tap(name, descriptor)
+
+
+def _flags(control, name):
+    answer = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))
+    return struct.unpack_from("H", answer, 16)[0]

@@ -25,12 +25,15 @@ SPINS, NAP_US = U(2000), U(50)  # idle rounds before the first nap
 @kernel
 def visit(device, now, time_ns, budget):
     """One device's turn: up to `budget` frames received and as many descriptors a transmit queue. Returns the sum."""
+    device.now = now
     work = receive(device, now, budget)
     if device.tx_on:
         for k in range(device.tx_queues):
             queue = device.tx[device.tx_enabled[k]]
             if queue.enabled:
                 work += transmit(device, queue, now, time_ns, budget)
+    if device.happened & device.armed or now >= device.alarm:
+        device.attention = ONE
     return work
 
 
@@ -107,6 +110,12 @@ class Engine:
     def free_device(self, slot):
         with self._lock:
             self._free.append(slot)
+
+    def compile(self):
+        """Have all kernels ready, however long it takes."""
+        control = new_record(CONTROL)
+        control.stop = 1
+        serve(control, self.devices, self.clock.record)
 
     def start(self, slot, service):
         """Let a worker serve the device; `service(wanted)` is called in its thread when the device wants Python."""

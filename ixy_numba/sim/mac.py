@@ -2,16 +2,27 @@
 
 from ..core.jit import kernel
 from ..core.raw import load8, load16, load64
+from .checksum import (
+    IPV4,
+    IPV4_OPTIONS,
+    IPV6,
+    PROTOCOL_SCTP,
+    PROTOCOL_TCP,
+    PROTOCOL_UDP,
+    SCTP,
+    TCP,
+    UDP,
+    verify,
+)
 from .state import BPRC, CRCERRS, FILTERED, GORC, GPRC, MPRC, ONE, RFC, RJC, ROC, RUC, TOR, TPR, ZERO, U
 from .wire import swap16
 
 CRC_SIZE, HEADER_SIZE, LONGEST_STANDARD = U(4), U(14), U(1518)
 MAC_MASK = U(0xFFFFFFFFFFFF)
-# Packet types (write-back bits 16:4) and RSS types (3:0) of section 7.1.6.2, MRQC's bits
-IPV4, IPV4_OPTIONS, IPV6, TCP, UDP = U(0x10), U(0x20), U(0x40), U(0x100), U(0x200)
+# RSS types (write-back bits 3:0) of section 7.1.6.2, MRQC's bits
 HASH_TCP4, HASH_IP4, HASH_TCP6, HASH_IP6, HASH_UDP4, HASH_UDP6 = U(1), U(2), U(3), U(5), U(7), U(8)
 MRQC_TCP4, MRQC_IP4, MRQC_IP6, MRQC_TCP6, MRQC_UDP4, MRQC_UDP6 = (U(1 << k) for k in (16, 17, 20, 21, 22, 23))
-ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN = U(0x0800), U(0x86DD), U(0x8100)
+ETHERTYPE_IPV4, ETHERTYPE_IPV6 = U(0x0800), U(0x86DD)
 
 
 @kernel(inline=True)
@@ -54,7 +65,24 @@ def destination_passes(device, address):
 def longest_frame(device, address):
     """The longest legal frame with CRC: MAXFRS counts only for jumbo frames; a VLAN tag comes on top."""
     limit = device.max_frame if device.jumbo else LONGEST_STANDARD
-    return limit + CRC_SIZE if swap16(load16(address + U(12))) == ETHERTYPE_VLAN else limit
+    return limit + CRC_SIZE if swap16(load16(address + U(12))) == device.vlan_type else limit
+
+
+@kernel(inline=True)
+def tag_of(device, address, length):
+    """(whether the frame has a VLAN tag of VLNCTRL.VET's type, the tag). Section 7.4."""
+    if length >= U(18) and swap16(load16(address + U(12))) == device.vlan_type:
+        return True, swap16(load16(address + U(14)))
+    return False, ZERO
+
+
+@kernel
+def vlan_passes(device, address, length):
+    """Whether an untagged frame, or one whose VLAN is in the table, gets through the filter of section 7.4.4."""
+    if not device.vlan_filter:
+        return True
+    tagged, tag = tag_of(device, address, length)
+    return not tagged or U(device.vfta[(tag & U(0xFFF)) >> U(5)]) >> (tag & U(31)) & ONE != ZERO
 
 
 @kernel
@@ -63,7 +91,7 @@ def admit(device, address, length, bad):
     octets, count = length + CRC_SIZE, device.count
     count[TPR] += ONE
     count[TOR] += octets
-    passes = destination_passes(device, address)
+    passes = destination_passes(device, address) and vlan_passes(device, address, length)
     if length < device.min_frame or octets > longest_frame(device, address):
         if passes:
             if length < device.min_frame:
@@ -98,10 +126,9 @@ def _toeplitz(device, position, address, n):
 
 @kernel
 def classify(device, address, length):
-    """(packet type | RSS type, hash) of a frame; RSS type 0 where no enabled function fits."""
-    at, kind = HEADER_SIZE, swap16(load16(address + U(12)))
-    if kind == ETHERTYPE_VLAN and length >= U(18):
-        at, kind = U(18), swap16(load16(address + U(16)))
+    """(packet type | RSS type, hash, checksum status) of a frame; RSS type 0 where no enabled function fits."""
+    at = HEADER_SIZE if not tag_of(device, address, length)[0] else HEADER_SIZE + U(4)
+    kind = swap16(load16(address + at - U(2)))
     here = address + at
     if kind == ETHERTYPE_IPV4 and length >= at + U(20):
         header = (load8(here) & U(15)) << U(2)
@@ -116,20 +143,23 @@ def classify(device, address, length):
         tcp, udp, ip = MRQC_TCP6, MRQC_UDP6, MRQC_IP6
         hash_tcp, hash_udp, hash_ip = HASH_TCP6, HASH_UDP6, HASH_IP6
     else:
-        return ZERO, ZERO
+        return ZERO, ZERO, ZERO
     ports = whole and length >= at + header + U(4)
     wanted, hashed = ip, hash_ip
-    if ports and protocol == U(6):
+    if ports and protocol == PROTOCOL_TCP:
         found |= TCP
         if device.rss & tcp:
             wanted, hashed = tcp, hash_tcp
-    elif ports and protocol == U(17):
+    elif ports and protocol == PROTOCOL_UDP:
         found |= UDP
         if device.rss & udp:
             wanted, hashed = udp, hash_udp
+    elif ports and protocol == PROTOCOL_SCTP:
+        found |= SCTP
+    status = verify(here, length - at, found)
     if device.rss & wanted == ZERO:
-        return found, ZERO
+        return found, ZERO, status
     value = _toeplitz(device, 0, addresses, size)
     if wanted != ip:
         value ^= _toeplitz(device, size, here + header, 4)
-    return found | hashed, value
+    return found | hashed, value, status

@@ -1,7 +1,7 @@
 """The simulated 82599's registers: what each access does, as the datasheet's chapter 8 describes it."""
 
-import itertools
 import mmap
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -13,80 +13,105 @@ from ..core.errors import IxyError, UsageError
 from ..core.registers import ALL_ONES, Mode
 from ..drivers.ixgbe import regs as r
 from . import regs as m
-from .eeprom import Eeprom
 from .engine import ENGINE, visit
-from .state import BATCH, COUNTER_SETS, COUNTERS, MAX_MAPPINGS, QUEUES, WIRE, U, claim, release
+from .interrupts import LINK_CHANGE, Interrupts
+from .management import Management
+from .state import BATCH, MAX_MAPPINGS, QUEUES, WIRE, U, claim, release
+from .statistics import Statistics
 
-BITS_36 = (1 << 36) - 1
 MULTICAST_SHIFT = (0, 1, 2, 4)  # MCSTCTRL.MO: which 12 bits of an address index the table, counted from bits 47:36
+SFP_PLUS = 0x10FB  # the device id of a NIC with a cage for a module
 
 
 class Model:
     """One simulated 82599: `read` and `write` its registers, `map` memory for its DMA. Callable from any thread.
 
-    `mac`: 6 bytes, its address in the EEPROM. `bar0`: BAR 0 as a uint8 array, which also takes the stores of tail
-    registers that come past `write`. `state`: the record that the engine works on.
+    `mac`: 6 bytes, its address in the EEPROM; `device`: its PCI id. `bar0`: BAR 0 as a uint8 array, which also takes
+    the stores of tail registers that come past `write`; `bar0_file`: the memory file behind it. `state`: the record
+    that the engine works on. `per_second`: how fast the time that `step` gets runs. `trace`, if set, is called as
+    `trace("R" or "W", offset, value)` for every access of `read` and `write`, in order.
     """
 
     HOLD_TIMEOUT_S = 10.0
 
-    def __init__(self, mac):
+    def __init__(self, mac, device=SFP_PLUS, per_second=1e9):
         self.slot, self.state = ENGINE.new_device()
-        self.eeprom = Eeprom(mac)
-        self.bar0 = np.frombuffer(mmap.mmap(-1, r.BAR_SIZE), np.uint8)
+        self.bar0_file = os.memfd_create("82599 BAR 0", os.MFD_CLOEXEC)
+        os.ftruncate(self.bar0_file, r.BAR_SIZE)
+        self.bar0 = np.frombuffer(mmap.mmap(self.bar0_file, r.BAR_SIZE), np.uint8)
+        self.per_second, self.trace = per_second, None
         self._word = self.bar0.view("<u4")
-        self._lock = threading.RLock()
-        self._mappings = []
-        self._eicr = self._eims = 0
-        self._counters = []
+        self._lock, self._depth = threading.RLock(), 0
+        self._mappings, self._link, self._bus_master = [], True, True
         self.unknown_accesses = {}  # offset: accesses of registers that the model only stores
         self._init_state()
         self._reads, self._writes = {}, {}
         self._bind()
+        self.management = Management(self, mac, module=device == SFP_PLUS)
+        self.statistics = Statistics(self)
+        self.interrupts = Interrupts(self)
         self._known = {one.offset for register in m.ALL.values() for one in register.each()}
         self.reset()
 
     def close(self):
         ENGINE.free_device(self.slot)
+        os.close(self.bar0_file)
 
     @contextmanager
     def held(self):
-        """Keep the engine away from the state. IxyError if it does not let go."""
+        """Keep the engine away from the state. IxyError if it does not let go. Can be nested."""
         with self._lock:
-            deadline = time.monotonic() + self.HOLD_TIMEOUT_S
-            while not claim(self.state):
-                if time.monotonic() > deadline:
-                    release(self.state)
-                    raise IxyError(f"the simulation did not pause within {self.HOLD_TIMEOUT_S} s")
-                time.sleep(1e-4)
+            if self._depth == 0:
+                self._claim()
+            self._depth += 1
             try:
                 yield self.state
             finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    release(self.state)
+
+    def _claim(self):
+        deadline = time.monotonic() + self.HOLD_TIMEOUT_S
+        while not claim(self.state):
+            if time.monotonic() > deadline:
                 release(self.state)
+                raise IxyError(f"the simulation did not pause within {self.HOLD_TIMEOUT_S} s")
+            time.sleep(1e-4)
 
     def step(self, now, time_ns, frames=BATCH):
         """Deal with up to `frames` received frames and descriptors a transmit queue, in this thread: their sum."""
         with self._lock:
             return int(visit(self.state, U(now), U(time_ns), U(frames)))
 
+    def service(self):
+        """What the engine asked for by `state.attention`: interrupts."""
+        self.interrupts.deliver()
+
     # Registers
 
     def read(self, offset):
         """The 32-bit register at byte `offset` of BAR 0."""
-        offset = self._place(offset)
-        with self._lock:  # no need to hold the engine: no reading changes what it works on
-            handler = self._reads.get(offset)
-            return handler() if handler else int(self._word[offset // 4])
+        place = self._place(offset)
+        with self._lock:
+            handler = self._reads.get(place)
+            value = handler() if handler else int(self._word[place // 4])
+            if self.trace:
+                self.trace("R", offset, value)
+            return value
 
     def write(self, offset, value):
         """Write the 32-bit register at byte `offset` of BAR 0."""
-        offset = self._place(offset)
-        handler = self._writes.get(offset)
-        if not handler:
-            self._word[offset // 4] = value & ALL_ONES
-            return
-        with self.held():
-            handler(value & ALL_ONES)
+        place, value = self._place(offset), value & ALL_ONES
+        with self._lock:
+            if self.trace:
+                self.trace("W", offset, value)
+            handler = self._writes.get(place)
+            if handler:
+                with self.held():
+                    handler(value)
+            else:
+                self._word[place // 4] = value
 
     def _place(self, offset):
         if offset % 4 or not 0 <= offset < r.BAR_SIZE:
@@ -102,31 +127,45 @@ class Model:
             self._word[:] = 0
             for register, value in m.RESET.items():
                 for one in register.each():
-                    self._set(one, value)
-            low, high = self.eeprom.mac_words
-            self._set(r.RAL[0], low)
-            self._set(r.RAH[0], high | r.RAH.AV)
-            self._eicr = self._eims = 0
-            for counter in self._counters:
-                counter.clear()
-            state["mta"] = state["reta"] = 0
-            state.pending.waiting = 0
-            for queue in range(QUEUES):
-                state.rx[queue].enabled = state.tx[queue].enabled = 0
-                state.rx[queue].counters = state.tx[queue].counters = 0
+                    self.set(one, value)
+            self._set_links()
+            for part in (self.management, self.statistics, self.interrupts):
+                part.reset()
+            state["mta"] = state["reta"] = state["vfta"] = 0
+            state.pending.waiting = state.outgoing.waiting = 0
+            state.rx["enabled"] = state.tx["enabled"] = state.rx["vlan_strip"] = 0
             self._list_queues()
             self._latch()
 
-    def _set(self, register, value):
+    def set(self, register, value):
+        """Store a register's value, without what a write does."""
         self._word[register.offset // 4] = value
 
-    def _get(self, register):
+    def get(self, register):
+        """A register's stored value, without what a read does."""
         return int(self._word[register.offset // 4])
+
+    def on_read(self, register, handler):
+        """Reading `register` returns `handler()`; the engine may be at work meanwhile."""
+        self._reads[register.offset] = handler
+
+    def on_write(self, register, handler):
+        """Writing `register` calls `handler(value)` instead of storing the value; the engine is held meanwhile."""
+        self._writes[register.offset] = handler
+
+    def after_write(self, register, latch):
+        """Writes to `register` are stored, then `latch(index)` brings the rest in line."""
+        def write(one, index, value):
+            self.set(one, value)
+            latch(index)
+
+        for index, one in enumerate(register.each()):
+            self._writes[one.offset] = partial(write, one, index)
 
     def _init_state(self):
         state, base = self.state, self.bar0.ctypes.data
         state.bar = base
-        for name in ("template", "rx_scratch", "tx_scratch"):
+        for name in ("template", "rx_scratch", "tx_scratch", "segment"):
             state[f"{name}_at"] = state[name].ctypes.data
         for queue in range(QUEUES):
             state.rx[queue].registers = base + _rx_block(queue)
@@ -138,108 +177,89 @@ class Model:
         for register in m.ALL.values():
             if register.mode in (Mode.RO, Mode.RC):
                 for one in register.each():
-                    self._writes[one.offset] = lambda value: None
+                    self.on_write(one, lambda value: None)
+        self.on_read(r.STATUS, self._read_status)
         for register, handler in (
-                (r.STATUS, self._read_status), (r.EICR, self._read_eicr), (m.EIMS, lambda: self._eims & ALL_ONES),
-                (m.EIMS_EX[0], lambda: self._eims & ALL_ONES), (m.EIMS_EX[1], lambda: self._eims >> 32),
-                (m.SWSM, self._read_swsm)):
-            self._reads[register.offset] = handler
-        for register, handler in (
-                (r.CTRL, self._write_ctrl), (r.EEC, self._write_eec), (r.EERD, self._write_eerd),
-                (r.EICR, self._write_eicr), (m.EICS, self._write_eics), (m.EIMS, self._set_mask),
-                (r.EIMC, self._clear_mask), (r.AUTOC, self._write_autoc), (r.RDRXCTL, self._write_rdrxctl)):
-            self._writes[register.offset] = handler
-        for k in range(2):
-            self._writes[m.EIMS_EX[k].offset] = partial(self._set_mask, shift=32 * k)
-            self._writes[m.EIMC_EX[k].offset] = partial(self._clear_mask, shift=32 * k)
-            # DEVIATION(sim-interrupts): causes and masks can be set and read, but raise no interrupt.
-            self._writes[m.EICS_EX[k].offset] = lambda value: None
+                (r.CTRL, self._write_ctrl), (r.AUTOC, self._write_autoc), (r.RDRXCTL, self._write_rdrxctl),
+                (m.FDIRCTRL, self._write_fdirctrl), (m.FDIRCMD, self._write_fdircmd)):
+            self.on_write(register, handler)
         for register in (r.FCTRL, m.MCSTCTRL, r.HLREG0, r.MAXFRS, r.MRQC, r.RXCTRL, r.DMATXCTL, m.SECRXCTRL,
-                         r.RXPBSIZE):
-            self._after(register, lambda index: self._latch())
+                         r.RXPBSIZE, m.VLNCTRL, m.DTXTCPFLGL, m.DTXTCPFLGH):
+            self.after_write(register, lambda index: self._latch())
         for register in (r.RAL, r.RAH):
-            self._after(register, lambda index: self._latch_addresses())
-        self._after(r.MTA, self._latch_multicast)
-        self._after(r.RETA, self._latch_redirection)
-        self._after(r.RSSRK, lambda index: self._latch_key())
-        self._after(m.RQSMR, partial(self._latch_counters, m.RQSMR, "rx"))
-        self._after(m.TQSM, partial(self._latch_counters, m.TQSM, "tx"))
+            self.after_write(register, lambda index: self._latch_addresses())
+        self.after_write(r.MTA, partial(self._latch_table, r.MTA, "mta"))
+        self.after_write(m.VFTA, partial(self._latch_table, m.VFTA, "vfta"))
+        self.after_write(r.RETA, self._latch_redirection)
+        self.after_write(r.RSSRK, lambda index: self._latch_key())
         for queue in range(QUEUES):
             rx, tx = _rx_block(queue), r.TX_QUEUE + queue * r.QUEUE_STRIDE
             self._writes[rx + 0x28] = partial(self._write_rxdctl, queue)
             self._writes[rx + 0x14] = partial(self._write_srrctl, queue)
             self._writes[tx + 0x28] = partial(self._write_txdctl, queue)
-        self._bind_counters()
 
-    def _after(self, register, latch):
-        """Writes to `register` are stored, then `latch(index)` brings the engine's state in line."""
-        def write(one, index, value):
-            self._set(one, value)
-            latch(index)
-
-        for index, one in enumerate(register.each()):
-            self._writes[one.offset] = partial(write, one, index)
-
-    # General, interrupts: sections 8.2.3.1, 8.2.3.2, 8.2.3.5
+    # General and link: sections 8.2.3.1, 8.2.3.22
 
     def _write_ctrl(self, value):
         if value & (r.CTRL.RST | r.CTRL.LRST):
             self.reset()
-            value &= ~(r.CTRL.RST | r.CTRL.LRST)
+            value = 0
         # DEVIATION(sim-instant): resets, enables and link training are done at once; hardware takes up to milliseconds.
-        self._set(r.CTRL, value)
+        self.set(r.CTRL, value)
         self._latch()
 
     def _read_status(self):
-        up = self._get(r.LINKS) & r.LINKS.UP
-        mastering = not self._get(r.CTRL) & r.CTRL.MASTER_DISABLE
+        up = self.get(r.LINKS) & r.LINKS.UP
+        mastering = not self.get(r.CTRL) & r.CTRL.MASTER_DISABLE
         return (r.STATUS.LINK_UP if up else 0) | (r.STATUS.MASTER_ENABLED if mastering else 0)
 
-    def _write_eec(self, value):
-        self._set(r.EEC, value | r.EEC.PRESENT | r.EEC.AUTO_RD)
+    def set_link(self, up):
+        """The cable is plugged in or pulled: LINKS shows it, it is an interrupt cause, no frame passes meanwhile."""
+        with self.held():
+            if up != self._link:
+                self._link = up
+                self._set_links()
+                self._latch()
+                self.interrupts.raise_other(LINK_CHANGE)
 
-    def _write_eerd(self, value):
-        if value & r.EERD.START:
-            word = self.eeprom.words[r.EERD.ADDR.get(value)]
-            value = value & r.EERD.ADDR | r.EERD.DONE | r.EERD.DATA.of(word)
-        self._set(r.EERD, value)
+    def _set_links(self):
+        self.set(r.LINKS, (r.LINKS.UP if self._link else 0) | r.LINKS.SPEED.of(3))
 
-    def _read_eicr(self):
-        value, self._eicr = self._eicr, 0
-        return value
+    def connect(self, port):
+        """Interrupts go out by `port` from now on (see `Interrupts`); None: nowhere."""
+        with self.held():
+            self.interrupts.port = port
+            self.interrupts.deliver()
 
-    def _write_eicr(self, value):
-        self._eicr &= ~value
-
-    def _write_eics(self, value):
-        self._eicr |= value
-
-    def _set_mask(self, value, shift=0):
-        self._eims |= value << shift
-
-    def _clear_mask(self, value, shift=0):
-        self._eims &= ~(value << shift)
-
-    def _read_swsm(self):
-        value = self._get(m.SWSM)
-        self._set(m.SWSM, value | m.SWSM.SMBI)
-        return value
+    def set_mastering(self, on):
+        """PCI's bus master enable: no DMA and no messages without it."""
+        with self.held():
+            self._bus_master = on
+            self._latch()
 
     def _write_autoc(self, value):
-        self._set(r.AUTOC, value & ~r.AUTOC.RESTART_AN)
+        self.set(r.AUTOC, value & ~r.AUTOC.RESTART_AN)
 
     def _write_rdrxctl(self, value):
-        self._set(r.RDRXCTL, value | r.RDRXCTL.DMAIDONE)
+        self.set(r.RDRXCTL, value | r.RDRXCTL.DMAIDONE)
+
+    # DEVIATION(sim-flow-director): filters are taken and steer nothing.
+
+    def _write_fdirctrl(self, value):
+        self.set(m.FDIRCTRL, value | (m.FDIRCTRL.INIT_DONE if value & m.FDIRCTRL.PBALLOC else 0))
+
+    def _write_fdircmd(self, value):
+        self.set(m.FDIRCMD, value & ~m.FDIRCMD.CMD)
 
     # Receive and transmit: sections 8.2.3.7 to 8.2.3.9, 8.2.3.22
 
     def _latch(self):
         """Bring the engine's state in line with the registers that are not a queue's."""
-        state, get = self.state, self._get
-        mastering = not get(r.CTRL) & r.CTRL.MASTER_DISABLE
+        state, get = self.state, self.get
+        moving = self._bus_master and self._link and not get(r.CTRL) & r.CTRL.MASTER_DISABLE
         blocked = get(m.SECRXCTRL) & m.SECRXCTRL.RX_DIS
-        state.rx_on = bool(mastering and get(r.RXCTRL) & r.RXCTRL.RXEN and not blocked)
-        state.tx_on = bool(mastering and get(r.DMATXCTL) & r.DMATXCTL.TE)
+        state.rx_on = bool(moving and get(r.RXCTRL) & r.RXCTRL.RXEN and not blocked)
+        state.tx_on = bool(moving and get(r.DMATXCTL) & r.DMATXCTL.TE)
         hlreg, fctrl, multicast, mrqc = get(r.HLREG0), get(r.FCTRL), get(m.MCSTCTRL), get(r.MRQC)
         state.crc_strip = bool(hlreg & r.HLREG0.RXCRCSTRP)
         state.jumbo = bool(hlreg & r.HLREG0.JUMBOEN)
@@ -251,6 +271,12 @@ class Model:
         state.multicast_on = bool(multicast & m.MCSTCTRL.MFE)
         state.multicast_shift = MULTICAST_SHIFT[multicast & m.MCSTCTRL.MO]
         state.fifo_bytes = r.RXPBSIZE.SIZE.get(get(r.RXPBSIZE[0])) << 10
+        vlan = get(m.VLNCTRL)
+        state.vlan_type, state.vlan_filter = m.VLNCTRL.VET.get(vlan), bool(vlan & m.VLNCTRL.VFE)
+        state.tx_vlan_type = m.DMATXCTL_VT.get(get(r.DMATXCTL))
+        state.first_flags = m.DTXTCPFLGL.FIRST.get(get(m.DTXTCPFLGL))
+        state.middle_flags = m.DTXTCPFLGL.MIDDLE.get(get(m.DTXTCPFLGL))
+        state.last_flags = m.DTXTCPFLGH.LAST.get(get(m.DTXTCPFLGH))
         state.rss = mrqc if r.MRQC.MODE.get(mrqc) == 1 else 0
         state.changed = 1
         self._latch_addresses()
@@ -258,7 +284,6 @@ class Model:
             self._latch_key()
 
     def _latch_addresses(self):
-        valid = []
         words = self._word[r.RAL[0].offset // 4 :][: 2 * r.RAL.count].astype(np.uint64)
         low, high = words[0::2], words[1::2]
         valid = (low | (high & U(0xFFFF)) << U(32))[high >> U(31) == 1]
@@ -266,26 +291,21 @@ class Model:
         self.state.address[: len(valid)] = valid
         self.state.changed = 1
 
-    def _latch_multicast(self, index):
-        self.state.mta[index] = self._get(r.MTA[index])
+    def _latch_table(self, register, name, index):
+        self.state[name][index] = self.get(register[index])
 
     def _latch_redirection(self, index):
-        value = self._get(r.RETA[index])
+        value = self.get(r.RETA[index])
         self.state.reta[4 * index : 4 * index + 4] = [value >> 8 * k & 15 for k in range(4)]
 
     def _latch_key(self):
         """The Toeplitz hash as one table a byte of input: the XOR of the key's windows at the byte's set bits."""
         if not self.state.rss:
             return
-        key = int.from_bytes(b"".join(self._get(one).to_bytes(4, "little") for one in r.RSSRK.each()), "big")
+        key = int.from_bytes(b"".join(self.get(one).to_bytes(4, "little") for one in r.RSSRK.each()), "big")
         windows = np.array([key >> 320 - 32 - k & ALL_ONES for k in range(288)], np.uint32).reshape(36, 8)
         bits = np.arange(256)[:, None] >> np.arange(7, -1, -1) & 1
         self.state.toeplitz[:] = np.bitwise_xor.reduce(np.where(bits[None], windows[:, None, :], 0), axis=2)
-
-    def _latch_counters(self, register, direction, index):
-        value = self._get(register[index])
-        for k in range(4):
-            getattr(self.state, direction)[4 * index + k].counters = value >> 8 * k & 15
 
     def _write_srrctl(self, queue, value):
         self._word[(_rx_block(queue) + 0x14) // 4] = value
@@ -301,6 +321,7 @@ class Model:
 
     def _write_rxdctl(self, queue, value):
         self._latch_buffer(queue)
+        self.state.rx[queue].vlan_strip = bool(value & r.RXDCTL.VME)
         self._write_queue_control(_rx_block(queue), self.state.rx[queue], value)
 
     def _write_txdctl(self, queue, value):
@@ -318,7 +339,10 @@ class Model:
             else:
                 head_low, head_high = (int(word) for word in self._word[block // 4 + 14 : block // 4 + 16])
                 queue.head_at = (head_low & ~3 | head_high << 32) if head_low & r.TDWBAL.HEAD_WB_EN else 0
+                queue["context"] = 0
         self._word[control] = value
+        if self.state.outgoing.queue == queue.registers and not value & r.TXDCTL.ENABLE:
+            self.state.outgoing.waiting = 0
         queue.enabled = bool(value & r.RXDCTL.ENABLE and queue.length)
         self._list_queues()
 
@@ -328,32 +352,6 @@ class Model:
             enabled = np.flatnonzero(self.state[direction]["enabled"])
             self.state[f"{direction}_enabled"][: len(enabled)] = enabled
             self.state[f"{direction}_queues"] = len(enabled)
-
-    # Statistics: section 8.2.3.23
-
-    def _bind_counters(self):
-        state = self.state
-        for index, name in enumerate(COUNTERS):
-            if name in m.ALL:  # those in two registers follow below
-                self._bind_counter(m.ALL[name].each()[0], state.count, index)
-        for name, counts in (("PRC", state.rx_sizes), ("PTC", state.tx_sizes), ("QPRC", state.qprc),
-                             ("QPRDC", state.qprdc), ("QPTC", state.qptc)):
-            for index, one in enumerate(m.ALL[name].each()):
-                self._bind_counter(one, counts, index)
-        for name in ("GORC", "GOTC", "TOR"):
-            self._bind_octets(m.ALL[f"{name}L"], m.ALL[f"{name}H"], state.count, COUNTERS.index(name))
-        for name, index in itertools.product(("QBRC", "QBTC"), range(COUNTER_SETS)):
-            self._bind_octets(m.ALL[f"{name}_L"][index], m.ALL[f"{name}_H"][index], state[name.lower()], index)
-
-    def _bind_counter(self, register, counts, index):
-        counter = Counter(counts, index)
-        self._counters.append(counter)
-        self._reads[register.offset] = counter.take
-
-    def _bind_octets(self, low, high, counts, index):
-        counter = Counter(counts, index)
-        self._counters.append(counter)
-        self._reads[low.offset], self._reads[high.offset] = counter.show_low, counter.take_high
 
     # DMA
 
@@ -409,38 +407,6 @@ class Model:
     def wire_counters(self):
         """What the wire and the checks of the model counted, as {name: count}."""
         return {name: int(count) for name, count in zip(WIRE, self.state.wire, strict=True)}
-
-
-class Counter:
-    """A statistics register over a count that the engine only ever raises: what was added since it was last cleared.
-
-    It clears on read and sticks at its maximum. A 36-bit one is two registers: the low one shows it and holds the
-    rest, until reading the high one clears both.
-    """
-
-    def __init__(self, counts, index):
-        self._counts, self._index = counts, index
-        self._cleared, self._shown = 0, None
-
-    def clear(self):
-        self._cleared, self._shown = int(self._counts[self._index]), None
-
-    def _value(self):
-        return int(self._counts[self._index]) - self._cleared
-
-    def take(self):
-        value = self._value()
-        self._cleared += value
-        return min(value, ALL_ONES)
-
-    def show_low(self):
-        self._shown = self._value()
-        return min(self._shown, BITS_36) & ALL_ONES
-
-    def take_high(self):
-        value = self._value() if self._shown is None else self._shown
-        self._cleared, self._shown = self._cleared + value, None
-        return min(value, BITS_36) >> 32
 
 
 def _rx_block(queue):

@@ -15,7 +15,8 @@ from ..core.raw import (
     store_release32,
     store_release64,
 )
-from .mac import CRC_SIZE, HEADER_SIZE, admit, classify, destination_passes, longest_frame, size_class
+from .checksum import IP_WRONG, L4_WRONG
+from .mac import CRC_SIZE, HEADER_SIZE, admit, classify, destination_passes, longest_frame, size_class, tag_of
 from .state import (
     BATCH,
     CALLING,
@@ -41,6 +42,7 @@ from .state import (
     SILENT,
     TOR,
     TPR,
+    XEC,
     ZERO,
     U,
     reach,
@@ -50,7 +52,8 @@ from .wire import crc32, front, generate, pop, read_tap, ripe
 RDH, RDT = U(0x10), U(0x18)
 DD, EOP, RXE = U(1), U(2), U(1 << 29)
 LEGACY_DD_EOP, LEGACY_CRC_ERROR = U(3 << 32), U(1 << 40)
-SHIFT32 = U(32)
+VP = U(1 << 3)  # the VLAN tag was taken out and is in the write-back
+SHIFT32, SHIFT48 = U(32), U(48)
 CATCH_UP = U(256)  # frames that a late engine delivers at once; beyond that the wire's clock has stood still
 
 
@@ -73,6 +76,12 @@ def refresh_tail(device, queue):
     queue.tail = tail
 
 
+@kernel(inline=True)
+def legacy_status(status):
+    """Status and errors where a legacy descriptor has them: 7.1.5."""
+    return (status & U(0xFF)) << SHIFT32 | (status >> U(30)) << U(46)
+
+
 @kernel
 def write_back(device, queue, descriptor, address, length, last):
     """Data of one descriptor to its buffer, then status and length. The buffer's address faults: the data is lost."""
@@ -83,11 +92,11 @@ def write_back(device, queue, descriptor, address, length, last):
     else:
         copy(target, address, length)
     if queue.legacy:
-        status = LEGACY_DD_EOP if last else DD << SHIFT32
+        status = LEGACY_DD_EOP | legacy_status(frame.status) | frame.vlan << SHIFT48 if last else DD << SHIFT32
         store_release64(descriptor + U(8), status | (LEGACY_CRC_ERROR if frame.bad else ZERO) | length)
         return
     store64(descriptor, frame.hash << SHIFT32 | frame.type)
-    status = (DD | EOP if last else DD) | (RXE if frame.bad else ZERO)
+    status = (DD | EOP | frame.status | frame.vlan << SHIFT48 if last else DD) | (RXE if frame.bad else ZERO)
     store_release64(descriptor + U(8), status | length << SHIFT32)
 
 
@@ -113,6 +122,7 @@ def place(device, queue):
         write_back(device, queue, descriptor, address, piece, left == ZERO)
         address += piece
         queue.head = queue.head + ONE if queue.head + ONE < queue.length else ZERO
+    device.happened |= queue.cause
     device.qprc[queue.counters] += ONE
     device.qbrc[queue.counters] += frame.length
     return True
@@ -233,6 +243,19 @@ def _to_scratch(device):
 
 
 @kernel
+def _strip(device, tag):
+    """Take the VLAN tag out of the pending frame (7.4.2): what stands before it moves up."""
+    frame = device.pending
+    _to_scratch(device)
+    here = frame.address
+    first, second = load64(here), load32(here + U(8))
+    store64(here + U(4), first)
+    store32(here + U(12), second)
+    frame.address, frame.length = here + U(4), frame.length - U(4)
+    frame.vlan, frame.status = tag, frame.status | VP
+
+
+@kernel
 def draw(device):
     """The next frame arrives: its fate is decided once, here. It is pending afterwards, or gone."""
     frame, wire = device.pending, device.wire
@@ -255,12 +278,18 @@ def draw(device):
     if not admit(device, frame.address, frame.length, frame.bad):
         consume(device)
         return
-    frame.type, frame.hash = classify(device, frame.address, frame.length)
+    frame.type, frame.hash, frame.status = classify(device, frame.address, frame.length)
+    if frame.status & (IP_WRONG | L4_WRONG):
+        device.count[XEC] += ONE
     frame.queue = U(device.reta[frame.hash & U(127)]) if frame.type & U(15) else ZERO
     if not device.crc_strip:
         _to_scratch(device)
         store32(frame.address + frame.length, fcs)
         frame.length += CRC_SIZE
+    frame.vlan = ZERO
+    tagged, tag = tag_of(device, frame.address, frame.length)
+    if tagged and device.rx[frame.queue].vlan_strip:
+        _strip(device, tag)
     frame.waiting = ONE
 
 
@@ -277,7 +306,8 @@ def settle(device):
         ordinary = load8(device.template_at) & ONE == ZERO and destination_passes(device, device.template_at)
         if legal and whole and ordinary:
             device.plain = ONE
-            device.plain_type = classify(device, device.template_at, device.frame_size)[0]
+            generate(device, device.segment_at, ZERO, ZERO)  # for its checksums, which are right like all others
+            device.plain_type, _, device.plain_status = classify(device, device.segment_at, device.frame_size)
 
 
 @kernel
@@ -291,7 +321,8 @@ def burst(device, n):
     n = min(n, reachable >> U(4))
     if n == ZERO:
         return ZERO
-    status = LEGACY_DD_EOP | size if queue.legacy else DD | EOP | size << SHIFT32
+    extra = device.plain_status
+    status = LEGACY_DD_EOP | legacy_status(extra) | size if queue.legacy else DD | EOP | extra | size << SHIFT32
     flow, sequence = device.flow, device.taken
     for k in range(n):
         descriptor = ring + (U(k) << U(4))
@@ -307,6 +338,7 @@ def burst(device, n):
         flow = flow + ONE if flow + ONE < device.flows else ZERO
     queue.head = head + n if head + n < queue.length else ZERO
     device.taken, device.flow = sequence, flow
+    device.happened |= queue.cause
     device.qprc[queue.counters] += n
     device.qbrc[queue.counters] += n * size
     _count_alike(device, n, octets)

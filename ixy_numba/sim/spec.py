@@ -109,7 +109,7 @@ def _value(spec, key, text):
 
 def _scaled(text):
     """`1000000`, `1e6`, `1M`: the number, or None for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]\d{1,2})?)([kKmMgG]?)", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,40}(?:\.\d*)?(?:[eE]\d{1,2})?)([kKmMgG]?)", text, re.ASCII)  # always finite
     return float(match[1]) * _SUFFIX[match[2].lower()] if match else None
 
 
@@ -122,7 +122,7 @@ def _rate(text):
 
 def _whole(low, high):
     def parse(text):
-        value = int(text) if text.isascii() and text.isdigit() else _scaled(text)
+        value = int(text) if re.fullmatch(r"\d{1,40}", text, re.ASCII) else _scaled(text)
         if value is None or value != int(value) or not low <= value <= high:
             raise ValueError(f"a whole number from {low} to {high}")
         return int(value)
@@ -132,7 +132,7 @@ def _whole(low, high):
 
 def _number(high):
     def parse(text):
-        value = float(text) if re.fullmatch(r"\d*\.?\d+(?:[eE][-+]?\d+)?|\d+\.", text) else -1.0
+        value = float(text) if re.fullmatch(r"\d*\.?\d+(?:[eE][-+]?\d+)?|\d+\.", text, re.ASCII) else -1.0
         if not 0 <= value <= high:
             raise ValueError(f"a number from 0 to {high:g}")
         return value
@@ -156,8 +156,8 @@ def _device_id(text):
 
 
 def _name(text):
-    if not re.fullmatch(r"[^\s/:]{1,15}", text) or text in (".", ".."):
-        raise ValueError("an interface name: 1 to 15 characters without blanks, ':' and '/'")
+    if not re.fullmatch(r"[^\s/:%]{1,15}", text) or text in (".", "..") or not text.isascii():
+        raise ValueError("an interface name: 1 to 15 ASCII characters without blanks, '%', ':' and '/'")
     return text
 
 

@@ -13,14 +13,15 @@ QUEUES = 128  # of each direction
 COUNTER_SETS = 16  # per-queue statistics
 MAX_MAPPINGS = 1024
 TEMPLATE_SIZE = 1536
-SCRATCH_SIZE = 16384  # the longest frame a device puts together from descriptors
+SCRATCH_SIZE = 16384  # the longest frame of a device
+TX_SCRATCH_SIZE = (1 << 18) + 1024  # what transmit descriptors may add up to: TSO's 18-bit payload and its headers
 BATCH = 64  # frames a device handles in one visit and direction
 
 # Counters, read through the statistics registers of the same names.
 COUNTERS = ("CRCERRS", "RUC", "RFC", "ROC", "RJC", "MPC", "GPRC", "GORC", "BPRC", "MPRC", "TPR", "TOR",
-            "GPTC", "GOTC", "TPT", "MPTC", "BPTC")
+            "GPTC", "GOTC", "TPT", "MPTC", "BPTC", "XEC")
 (CRCERRS, RUC, RFC, ROC, RJC, MPC, GPRC, GORC, BPRC, MPRC, TPR, TOR,
- GPTC, GOTC, TPT, MPTC, BPTC) = (U(k) for k in range(len(COUNTERS)))
+ GPTC, GOTC, TPT, MPTC, BPTC, XEC) = (U(k) for k in range(len(COUNTERS)))
 
 # What the wire saw, for summary(). Nothing the driver could read.
 WIRE = ("received", "sent", "lost", "corrupted", "filtered", "no_queue", "refused", "malformed",
@@ -47,25 +48,35 @@ RX_QUEUE = np.dtype(_words(
     "head", "tail",  # the next descriptor to fill, the end as last seen
     "registers",  # address of the queue's block in BAR 0
     "buffer", "drop", "legacy", "counters",  # SRRCTL, RQSMR
+    "vlan_strip", "cause",  # RXDCTL.VME; the bit of `happened` that IVAR gives it
 ))
-TX_QUEUE = np.dtype(_words(
-    "enabled", "ring", "length", "head", "registers", "counters",
+TX_QUEUE = np.dtype([*_words(
+    "enabled", "ring", "length", "head", "registers", "counters", "cause",
     "head_at",  # where the head is written back (iova); 0: done descriptors are instead
     "first", "next", "checked", "errors",  # sequence numbers at the sink
-))
+), ("context", "u8", (2, 2))])  # the two context descriptors that a queue remembers
 PENDING = np.dtype(_words(  # the frame that waits for descriptors, its fate decided
-    "waiting", "address", "length", "bad", "queue", "hash", "type"))
+    "waiting", "address", "length", "bad", "queue", "hash", "type",
+    "status", "vlan"))  # checksum and VLAN bits of the write-back, the tag that was stripped
+OUTGOING = np.dtype(_words(  # the frame in the transmit scratch, as long as not all of it is on the wire
+    "waiting", "queue", "used", "length",  # whose (its `registers`), descriptors, bytes
+    "sent", "end",  # bytes on the wire, of the frame or of the payload to be segmented; how many there are
+    "command", "last", "lengths", "tucmd"))  # first and last descriptor's command; the context's two words
 
 DEVICE = np.dtype([
     # who touches the state: Python sets `hold` and waits for `busy` to go, the engine works while it is not held
     *_words("hold", "busy", "worker", "attention", "changed"),
     # registers, as the engine needs them
     *_words("bar", "rx_on", "tx_on", "crc_strip", "jumbo", "max_frame", "min_frame", "tx_pad", "tx_crc"),
+    *_words("vlan_type", "vlan_filter", "tx_vlan_type", "first_flags", "middle_flags", "last_flags"),
+    # interrupts: queue causes since last asked, those that Python wants to hear of at once, when else it does
+    *_words("happened", "armed", "alarm", "now"),
     *_words("store_bad", "all_unicast", "all_multicast", "broadcast", "multicast_shift", "multicast_on"),
     *_words("rss", "fifo_bytes", "rx_queues", "tx_queues"),
     ("rx_enabled", "u1", (QUEUES,)), ("tx_enabled", "u1", (QUEUES,)),  # queue numbers, the first rx_queues of them
     ("rx", RX_QUEUE, (QUEUES,)), ("tx", TX_QUEUE, (QUEUES,)),
     *_words("addresses"), ("address", "u8", (128,)), ("mta", "u4", (128,)),
+    ("vfta", "u4", (128,)),
     ("reta", "u1", (128,)), ("toeplitz", "u4", (36, 256)),
     # DMA
     *_words("mappings"), ("mapping", MAPPING, (MAX_MAPPINGS,)), ("recent", "u8", (5,)),
@@ -74,7 +85,8 @@ DEVICE = np.dtype([
     ("rx_sizes", "u8", (6,)), ("tx_sizes", "u8", (6,)),
     *[(name, "u8", (COUNTER_SETS,)) for name in ("qprc", "qbrc", "qprdc", "qptc", "qbtc")],
     # the source of received frames
-    *_words("source", "paced", "limit", "taken", "phase", "start", "seen", "delay", "plain", "plain_type"),
+    *_words("source", "paced", "limit", "taken", "phase", "start", "seen", "delay"),
+    *_words("plain", "plain_type", "plain_status"),
     ("per_cycle", "f8"),
     *_words("frame_size", "flows", "flow", "checksum"), ("template", "u1", (TEMPLATE_SIZE,)),
     *_words("file", "offsets", "lengths", "frames"),
@@ -85,8 +97,10 @@ DEVICE = np.dtype([
     *_words("sink", "outbox", "tap", "error"), ("out", OUT),
     # frames fetched, not yet on the wire; frames put together from several descriptors
     ("fetched", "u8", (BATCH,)), ("fetched_length", "u8", (BATCH,)),
-    ("rx_scratch", "u1", (SCRATCH_SIZE,)), ("tx_scratch", "u1", (SCRATCH_SIZE,)),
-    *_words("template_at", "rx_scratch_at", "tx_scratch_at"),  # their addresses
+    ("rx_scratch", "u1", (SCRATCH_SIZE,)), ("tx_scratch", "u1", (TX_SCRATCH_SIZE,)),
+    ("segment", "u1", (SCRATCH_SIZE + 64,)),
+    *_words("template_at", "rx_scratch_at", "tx_scratch_at", "segment_at"),  # their addresses
+    ("outgoing", OUTGOING),
 ], align=True)
 
 

@@ -4,46 +4,44 @@ from ..core.jit import kernel
 from ..core.raw import (
     copy,
     load8,
-    load32,
     load64,
     load_acquire32,
     prefetch,
-    store8,
     store_release32,
 )
 from .mac import CRC_SIZE, HEADER_SIZE, MAC_MASK, size_class
+from .offload import DEXT, IC, IFCS, OFFLOADS, TSE, VLE, next_segment, payload_size, possible
+from .offload import LONGEST as LONGEST_FRAME
 from .state import (
     BATCH,
     BPTC,
     DMA_FAULTS,
     GOTC,
     GPTC,
-    MALFORMED,
     MODEL_FAULTS,
     MPTC,
     ONE,
-    SCRATCH_SIZE,
     SINK,
     TPT,
     TX_DATA,
     TX_HEAD,
     TX_RING,
+    TX_SCRATCH_SIZE,
     ZERO,
     U,
     reach,
 )
-from .wire import SENT, check_sequence, crc32, emit
+from .wire import SENT, check_sequence, emit
 
 TDH, TDT = U(0x10), U(0x18)
 LENGTH = U(0xFFFF)
 TYPE, CONTEXT, DATA = U(15 << 20), U(2 << 20), U(3 << 20)
-EOP, IFCS, IC, RS, DEXT, VLE, TSE = (U(1 << k) for k in (24, 25, 26, 27, 29, 30, 31))
-OFFLOADS = U(7 << 40)  # POPTS: checksums and IPsec
+EOP, RS = U(1 << 24), U(1 << 27)
 DD = U(1)
 # A whole frame in one buffer, to go out as it is: this of the descriptor must be that
 SIMPLE_MASK, SIMPLE = TYPE | EOP | IFCS | DEXT | VLE | TSE | OFFLOADS, DATA | EOP | IFCS | DEXT
 LEGACY_MASK, LEGACY = EOP | IFCS | IC | DEXT | VLE, EOP | IFCS
-LONGEST = U(SCRATCH_SIZE)
+LONGEST = U(TX_SCRATCH_SIZE)
 INCOMPLETE, DROPPED, COMPLETE = U(0), U(1), U(2)
 
 
@@ -58,7 +56,7 @@ def fetch(device, ring, n):
         command = load64(descriptor + U(8))
         length = command & LENGTH
         simple = command & SIMPLE_MASK == SIMPLE or command & LEGACY_MASK == LEGACY
-        if not simple or not shortest <= length <= LONGEST:
+        if not simple or not shortest <= length <= LONGEST_FRAME:
             return U(k)
         address, reachable = reach(device, TX_DATA, load64(descriptor))
         if reachable < length:
@@ -72,6 +70,7 @@ def fetch(device, ring, n):
 @kernel
 def report(device, queue, descriptor, index):
     """What RS asks for: DD in the descriptor or, with head write-back (7.2.3.5.2), the head now after it in memory."""
+    device.happened |= queue.cause
     if queue.head_at == ZERO:
         store_release32(descriptor + U(12), DD)
         return
@@ -118,7 +117,8 @@ def _count(device, queue, frames, octets):
 
 @kernel
 def assemble(device, queue, head, pending):
-    """One frame of any shape from the descriptors at `head` into the scratch: (descriptors, bytes, what came of it)."""
+    """What the descriptors at `head` add up to, in the scratch and device.outgoing: (descriptors, what came of it)."""
+    out = device.outgoing
     total, used, damaged = ZERO, ZERO, False
     while used < pending:
         descriptor, reachable = reach(device, TX_RING, queue.ring + ((head + used) % queue.length << U(4)))
@@ -129,14 +129,16 @@ def assemble(device, queue, head, pending):
         used += ONE
         if command & DEXT and kind == CONTEXT:
             if used == ONE:
-                return used, ZERO, DROPPED  # offloads that would need it are refused below
+                context = queue.context[command >> U(36) & ONE]
+                context[0], context[1] = load64(descriptor), command
+                return used, DROPPED
             damaged = True
             continue
         if length == ZERO and used == ONE and command & (DEXT | EOP) == EOP:
-            return used, ZERO, DROPPED  # a null descriptor (7.2.3.2.2): between frames, it transfers nothing
-        if command & DEXT and kind != DATA or length == ZERO or command & (TSE | VLE | OFFLOADS):
-            damaged = True
-        elif total + length > LONGEST:
+            return used, DROPPED  # a null descriptor (7.2.3.2.2): between frames, it transfers nothing
+        if used == ONE:
+            out.command = command
+        if command & DEXT and kind != DATA or length == ZERO or total + length > LONGEST:
             damaged = True
         else:
             source, reachable = reach(device, TX_DATA, load64(descriptor))
@@ -145,30 +147,18 @@ def assemble(device, queue, head, pending):
             copy(device.tx_scratch_at + total, source, length)
             total += length
         if command & EOP or kind != DATA and command & DEXT:
-            if damaged or total < HEADER_SIZE:
+            context = queue.context[out.command >> U(36) & ONE]
+            out.lengths, out.tucmd = context[0], context[1]
+            out.used, out.length, out.sent, out.last, out.queue = used, total, ZERO, command, queue.registers
+            if damaged or total < HEADER_SIZE or not possible(out):
                 device.wire[MODEL_FAULTS] += ONE
-                return used, ZERO, DROPPED
-            total = finish(device, total, command)
-            return used, total, COMPLETE if total else DROPPED
+                return used, DROPPED
+            out.end = payload_size(out)
+            return used, COMPLETE
     if pending + ONE == queue.length:  # a full ring without an end
         device.wire[MODEL_FAULTS] += ONE
-        return used, ZERO, DROPPED
-    return ZERO, ZERO, INCOMPLETE
-
-
-@kernel
-def finish(device, length, command):
-    """Padding and CRC of the assembled frame; its length without CRC, 0 if the CRC that it brought is wrong."""
-    scratch = device.tx_scratch_at
-    if not (command & IFCS and device.tx_crc):  # the last four bytes are the driver's own CRC
-        if length < HEADER_SIZE + CRC_SIZE or crc32(scratch, length - CRC_SIZE) != load32(scratch + length - CRC_SIZE):
-            device.wire[MALFORMED] += ONE
-            return ZERO
-        return length - CRC_SIZE
-    while device.tx_pad and HEADER_SIZE <= length < device.min_frame:
-        store8(scratch + length, ZERO)
-        length += ONE
-    return length
+        return used, DROPPED
+    return ZERO, INCOMPLETE
 
 
 @kernel
@@ -176,21 +166,41 @@ def _halt(device, queue):
     """A failed read stops the queue until it is enabled again."""
     device.wire[DMA_FAULTS] += ONE
     queue.enabled = ZERO
-    return ZERO, ZERO, INCOMPLETE
+    return ZERO, INCOMPLETE
+
+
+@kernel
+def send_segments(device, queue, now, time_ns):
+    """Put device.outgoing on the wire, frame by frame; False if the rest has to wait."""
+    out = device.outgoing
+    while out.sent < out.end:
+        address, length, taken = next_segment(device)
+        if length:
+            if not emit(device, queue, address, length, now, time_ns):
+                return False
+            device.tx_sizes[size_class(length + CRC_SIZE)] += ONE
+            if load8(address) & ONE:
+                device.count[BPTC if load64(address) & MAC_MASK == MAC_MASK else MPTC] += ONE
+            _count(device, queue, ONE, length)
+        out.sent += taken
+    return True
 
 
 @kernel
 def send_assembled(device, queue, head, pending, now, time_ns):
-    """One frame, or one descriptor that is none, the long way; returns the descriptors it took, 0 if it has to wait."""
-    used, length, outcome = assemble(device, queue, head, pending)
-    if outcome == COMPLETE:
-        address = device.tx_scratch_at
-        if not emit(device, queue, address, length, now, time_ns):
+    """One packet, or a descriptor that is none, the long way; returns the descriptors it took, 0 if it has to wait."""
+    out = device.outgoing
+    if out.waiting == ZERO:
+        used, outcome = assemble(device, queue, head, pending)
+        out.waiting = ONE if outcome == COMPLETE else ZERO
+    elif out.queue != queue.registers:
+        return ZERO  # the wire is busy with another queue's packet
+    else:
+        used = out.used
+    if out.waiting:
+        if not send_segments(device, queue, now, time_ns):
             return ZERO
-        device.tx_sizes[size_class(length + CRC_SIZE)] += ONE
-        if load8(address) & ONE:
-            device.count[BPTC if load64(address) & MAC_MASK == MAC_MASK else MPTC] += ONE
-        _count(device, queue, ONE, length)
+        out.waiting = ZERO
     for k in range(used):
         index = (head + U(k)) % queue.length
         descriptor, _ = reach(device, TX_RING, queue.ring + (index << U(4)))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...core.errors import DmaError, UsageError
+from ...core.errors import DmaError, IxyError, UsageError
 from ...core.memory import DmaMemory, new_record, record
 from ...core.pool import ADDRESS_SHIFT
 from ...core.registers import Registers
@@ -36,8 +36,12 @@ class Ixgbe(Device):
     RX_DESCRIPTORS = setup.ADVANCED
 
     def _set_up(self):
-        self.regs = Registers(self.name, self.bus.read32, self.bus.write32, self.trace)
         self.rx, self.tx, self._memory = [], [], None
+        self.regs = Registers(self.name, self.bus.read32, self.bus.write32, self.trace, never_ones=r.STATUS)
+        if self.bus.bar0 is None or len(self.bus.bar0) < r.BAR_SIZE:
+            size = 0 if self.bus.bar0 is None else len(self.bus.bar0)
+            raise IxyError(f"{self.name}: BAR 0 has {size:#x} bytes of registers, expected at least {r.BAR_SIZE:#x}; "
+                           "is it an 82599?")
         rx_rings, tx_rings = self._take_rings()
         regs = self.regs
         setup.disable_interrupts(regs)
@@ -59,13 +63,14 @@ class Ixgbe(Device):
     def _take_rings(self):
         """Memory for the rings: a (record, device address) per receive queue, and per transmit queue."""
         rings = 16 * self.ring_size * 2 * self.queues
-        self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs)
+        self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs,
+                                 self.bus.numa_node)
         addresses = self.bus.map_dma(self._memory)
         page = self._memory.page_size
         rx, tx = (descriptors.ring(kind, self.ring_size) for kind in (descriptors.RX, descriptors.TX))
 
         def take(dtype):
-            ring, iova = self._memory.take(dtype, align=128)
+            ring, iova = self._memory.take(dtype, align=dtype.itemsize)  # a power of two: never across huge pages
             start = iova - self._memory.iova
             address = int(addresses[start // page]) + start % page
             pages = addresses[start // page : (start + dtype.itemsize - 1) // page + 1].astype(np.int64)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import datapath, in_place
+from ...core import lifetime
 from ...core.errors import DmaError
 from ...core.integers import wrapping_sub
 from ...core.jit import kernel
@@ -25,7 +26,8 @@ from .descriptors import LEGACY, LEGACY_DD, LEGACY_EOP, LEGACY_ERROR, ONE_BUFFER
 from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS
 
 TOO_LONG = U(0xFFFF & ~(BUFFER_SIZE - 1))
-STATE = np.dtype([("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
+STATE = np.dtype([*lifetime.WORDS,
+                  ("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
 _BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
 
 
@@ -128,9 +130,9 @@ def recycle(rxq, txq):
 class Lines:
     """The memory of one queue of both devices, one line each way. Stands where other devices have a pool."""
 
-    def __init__(self, ring_size, needs):
+    def __init__(self, ring_size, needs, node=None):
         layout = line(ring_size)
-        self._memories = [DmaMemory(layout.itemsize, needs) for _ in range(2)]
+        self._memories = [DmaMemory(layout.itemsize, needs, node) for _ in range(2)]
         self.records = [memory.take(layout, align=128)[0] for memory in self._memories]
         self.addresses, self._buses = None, []
 
@@ -183,8 +185,8 @@ class InPlaceIxgbe(Ixgbe):
     RX_DESCRIPTORS = setup.LEGACY
 
     @classmethod
-    def new_pools(cls, queues, ring_size, devices, bus):
-        return [Lines(ring_size, bus.memory_needs) for _ in range(queues)]
+    def new_pools(cls, queues, ring_size, buses):
+        return [Lines(ring_size, buses[0].memory_needs, buses[0].numa_node) for _ in range(queues)]
 
     def _take_rings(self):
         here = self.pools[0].port(self.bus)

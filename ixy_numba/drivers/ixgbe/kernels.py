@@ -5,21 +5,21 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import datapath
+from ...core import lifetime
 from ...core.jit import kernel
 from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
 from ...core.pool import (
     ADDRESS_SHIFT,
     BUFFER_SIZE,
-    GENERATION_SHIFT,
     INDEX_MASK,
     LENGTH_MASK,
     LENGTH_SHIFT,
-    MAX_BATCH,
     ONE,
     ZERO,
     PoolView,
     U,
     leave,
+    lend,
     owns,
     take,
     word_of,
@@ -37,12 +37,13 @@ TX_REGISTERS = np.dtype({"names": ["TDT"], "formats": ["u4"], "offsets": [0x18],
 
 def rx_state(size):
     """Software's side of a receive ring: the next descriptor, and which buffer lies in each."""
-    return np.dtype([("index", "u8"), ("errors", "u8"), ("held", "u4", (size,))])
+    return np.dtype([*lifetime.WORDS, ("index", "u8"), ("errors", "u8"), ("held", "u4", (size,))])
 
 
 def tx_state(size):
     """Software's side of a transmit ring: next free descriptor, oldest unreclaimed one, the buffer in each."""
-    return np.dtype([("tail", "u8"), ("clean", "u8"), *datapath.TX_COUNTERS, ("held", "u4", (size,))])
+    return np.dtype([*lifetime.WORDS, ("tail", "u8"), ("clean", "u8"), *datapath.TX_COUNTERS,
+                     ("held", "u4", (size,))])
 
 
 class RxQueue(NamedTuple):
@@ -64,9 +65,10 @@ class TxQueue(NamedTuple):
 def rx_batch(rxq, batch, limit):
     """See `datapath.rx_batch`. Each packet taken is replaced in its descriptor by a buffer from the pool."""
     ring, state, table = rxq.ring, rxq.state, rxq.pool.table
+    lifetime.enter(state)
     mask = U(len(ring.desc) - 1)
     i, top, n, seen = state.index & mask, table.top, ZERO, ZERO
-    limit = min(U(limit), U(MAX_BATCH))
+    limit = min(U(limit), U(len(batch.packet)))
     while seen < limit:
         desc = ring.desc[i]
         done = load_acquire(desc, "done")  # status and length in one read
@@ -77,7 +79,7 @@ def rx_batch(rxq, batch, limit):
             break
         index = rx_buffer(rxq, i)  # if there is nothing to hand out: the same buffer again
         if likely(sound(done)):
-            batch.packet[n] = index | (done & LENGTH) | word_of(table, index) << GENERATION_SHIFT
+            batch.packet[n] = index | (done & LENGTH) | lend(table, index)
             n += ONE
             index = take(table, top)
             top -= ONE
@@ -88,6 +90,7 @@ def rx_batch(rxq, batch, limit):
     if seen != ZERO:
         table.top, state.index = top, i
         store_doorbell(rxq.regs, "RDT", (i + mask) & mask)  # one short of i: tail == head would mean "no descriptors"
+    lifetime.leave(state)
     return n
 
 
@@ -109,7 +112,9 @@ def fits(length):
 def tx_batch(txq, batch, first, end):
     """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
     table = txq.pool.table
-    k, end, tail = min(U(first), U(MAX_BATCH)), min(U(end), U(MAX_BATCH)), tx_start(txq)
+    lifetime.enter(txq.state)
+    size = U(len(batch.packet))
+    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
@@ -123,6 +128,7 @@ def tx_batch(txq, batch, first, end):
         k += ONE
     if tail != txq.state.tail:
         tx_finish(txq, tail)
+    lifetime.leave(txq.state)
     return k
 
 
@@ -198,11 +204,14 @@ def reclaim(txq, clean):
     ring, state, table = txq.ring, txq.state, txq.pool.table
     mask = U(len(ring.desc) - 1)
     while (state.tail + mask + ONE - clean) & mask >= BLOCK:
-        if load_acquire(ring.desc[clean + BLOCK - ONE], "command") & SENT == ZERO:
+        block, top = clean & ~(BLOCK - ONE), table.top
+        if load_acquire(ring.desc[block + BLOCK - ONE], "command") & SENT == ZERO:
+            break
+        if top > U(len(table.free)) - BLOCK:  # never: it lets the compiler check, and move, a block at once
             break
         for k in range(BLOCK):
-            table.free[table.top + k] = state.held[clean + k]
-        table.top += BLOCK
+            table.free[top + k] = state.held[block | k]
+        table.top = top + BLOCK
         state.stalled = ZERO
         clean = (clean + BLOCK) & mask
     state.clean = clean
@@ -219,15 +228,19 @@ def tx_start(txq):
 @kernel(inline=True)
 def tx_post(txq, tail, index, bus_addr, length):
     desc = txq.ring.desc[tail]
-    last_of_block = ((tail + ONE) & (BLOCK - ONE)) == ZERO
     txq.state.held[tail] = index
     desc.addr = bus_addr
-    desc.command = DATA | ONE_BUFFER | (RS if last_of_block else ZERO) | length | length << PAYLEN_SHIFT
+    desc.command = DATA | ONE_BUFFER | length | length << PAYLEN_SHIFT
     return (tail + ONE) & U(len(txq.ring.desc) - 1)
 
 
 @datapath.tx_finish.implement(TxQueue)
 @kernel(inline=True)
 def tx_finish(txq, tail):
+    ring, mask = txq.ring, U(len(txq.ring.desc) - 1)
+    block = txq.state.tail & mask & ~(BLOCK - ONE)  # RS is set here: a branch less for every packet
+    while (tail + mask + ONE - block) & mask >= BLOCK:
+        ring.desc[block + BLOCK - ONE].command |= RS
+        block = (block + BLOCK) & mask
     txq.state.tail = tail
     store_doorbell(txq.regs, "TDT", tail)

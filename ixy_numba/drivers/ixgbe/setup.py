@@ -170,7 +170,7 @@ def quiesce(regs, rx_queues, tx_queues):
     for count, control in ((rx_queues, r.RXDCTL), (tx_queues, r.TXDCTL)):
         for k in range(count):
             if not errors:
-                regs.clear(control[k], control.ENABLE)
+                attempt(regs.clear, control[k], control.ENABLE)
                 attempt(regs.wait, control[k], control.ENABLE, 0, timeout_s=0.2)
     attempt(regs.clear, r.DMATXCTL, r.DMATXCTL.TE)
     attempt(regs.set, r.CTRL, r.CTRL.MASTER_DISABLE)

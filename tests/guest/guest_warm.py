@@ -1,0 +1,66 @@
+"""Compiles here, on the host, what the guest will run: an emulated processor takes minutes for that.
+
+The kernels of the virtio driver have the same types on every transport, so an idle device of no transport will do.
+Run as a program, with the environment of `tools.guest.portable_kernels`.
+"""
+
+import sys
+import tempfile
+
+import numpy as np
+
+from ixy_numba import cli, device, fwd, pcap, pktgen
+from ixy_numba.bus import Bus
+from ixy_numba.bus.virtio import NETWORK, VENDOR, Notifier, VirtioTransport
+from ixy_numba.core.memory import ANY
+
+RING_SIZE = 256  # QEMU's
+
+
+class IdleBus(Bus, VirtioTransport):
+    """A modern virtio device that never does anything."""
+
+    vendor, device, memory_needs = VENDOR, NETWORK, ANY
+    connected, max_queue_pairs = True, 1
+
+    def __init__(self, spec, options):
+        self.name = spec
+
+    def map_dma(self, memory):
+        return np.arange(memory.iova, memory.iova + memory.size, memory.page_size, dtype=np.uint64)
+
+    def offered_features(self):
+        return 1 << 32  # VERSION_1
+
+    def set_queue(self, number, addresses):
+        return Notifier()
+
+    def read32(self, offset): ...
+
+    def write32(self, offset, value): ...
+
+    def unmap_dma(self, memory): ...
+
+    def accept_features(self, features): ...
+
+    def read_config(self, offset, size): ...
+
+    def start(self): ...
+
+    def check(self): ...
+
+    def stop(self):
+        return []
+
+    def close(self): ...
+
+
+open_bus = IdleBus
+
+if __name__ == "__main__":
+    device.SCHEMES["idle"] = "guest_warm"
+    with tempfile.NamedTemporaryFile() as file:
+        for app, words in ((fwd, ["--no-touch", "--ring-size", str(RING_SIZE), "--packets", "0", "idle", "idle"]),
+                           (pktgen, ["--packets", "0", "idle"]), (pcap, ["idle", file.name, "0"])):
+            if code := cli.main(app.run, words):
+                sys.exit(code)
