@@ -328,7 +328,7 @@ def pagemap(path, array, words, step):
 @pytest.fixture
 def dma(monkeypatch):
     """Four ordinary pages, also where there are huge ones."""
-    monkeypatch.setattr(memory, "_map_huge", lambda *args: (None, None))
+    monkeypatch.setattr(memory, "_map_huge", lambda *args: None)
     made = DmaMemory(4 * PAGE, PINNED)
     made.array[:] = 1
     yield made

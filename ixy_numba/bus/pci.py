@@ -12,7 +12,7 @@ from . import Bus
 # Names as in <linux/pci_regs.h>
 PCI_VENDOR_ID, PCI_COMMAND, PCI_STATUS, PCI_CAPABILITY_LIST = 0x00, 0x04, 0x06, 0x34
 PCI_COMMAND_IO, PCI_COMMAND_MEMORY, PCI_COMMAND_MASTER, PCI_COMMAND_INTX_DISABLE = 0x1, 0x2, 0x4, 0x400
-PCI_STATUS_CAP_LIST = 0x10
+PCI_STATUS_CAP_LIST, PCI_MSIX_FLAGS_ENABLE = 0x10, 0x8000
 PCI_CAP_ID_MSI, PCI_CAP_ID_VNDR, PCI_CAP_ID_MSIX = 0x05, 0x09, 0x11
 
 ETHERNET = 0x0200  # class and subclass
@@ -260,6 +260,10 @@ class PciBus(Bus):
                 found.append(at)
             at = self.read_config(at + 1, 1) & ~3
         return found
+
+    @property
+    def msix_enabled(self):
+        return any(self.read_config(at + 2, 2) & PCI_MSIX_FLAGS_ENABLE for at in self.capabilities(PCI_CAP_ID_MSIX))
 
     def _command(self, on, off=0):
         self.write_config(PCI_COMMAND, 2, self.read_config(PCI_COMMAND, 2) & ~off | on)

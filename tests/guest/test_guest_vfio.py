@@ -26,7 +26,8 @@ def test_guest_memory_is_mapped_for_the_iommu_without_root(translated, igb):
 
 
 def test_guest_a_card_without_a_driver_is_one_line(translated, igb):
-    assert f"{igb}: no driver for 8086:10c9" in translated.app("pcap", igb, "/tmp/none.pcap", user=NOBODY, code=2).refusal
+    refusal = translated.app("pcap", igb, "/tmp/none.pcap", user=NOBODY, code=2).refusal
+    assert f"{igb}: no driver for 8086:10c9" in refusal
 
 
 def test_guest_a_group_that_the_kernel_has_a_hand_in_is_refused(translated):
