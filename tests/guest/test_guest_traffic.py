@@ -34,7 +34,7 @@ class Cards(NamedTuple):
                                   user=self.user)
 
     def start_forwarding(self, *options):
-        process = self.start("fwd", "--no-touch", "--ring-size", RING_SIZE, *options, *self.nics)
+        process = self.start("fwd", "--no-touch", *options, *self.nics)
         process.says("Mpps")
         for wire in self.wires:
             wire.clear()
