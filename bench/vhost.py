@@ -207,22 +207,27 @@ def _kept(windows, seconds):
     return np.array([window.cycles_per_packet for window in windows]), kept
 
 
+def cost(row):
+    """Cycles a packet, the ratio to the rival's split ring, and its spread; "-" where there is no row."""
+    if row is None:
+        return "-"
+    return f"{row['cycles_per_packet']:.1f} (x {row['ratio_to_dpdk']:.2f}, {row['min']:.2f} to {row['max']:.2f})"
+
+
+def _rate(row):
+    return "-" if row is None else f"{row['mpps']:.2f} ({row['packets_per_pass']:.0f})"
+
+
 def show(found):
     at = {(row["variant"], row["work"]): row for row in found}
     names = {MEANINGS[variant]: variant for variant in dict.fromkeys(variant for variant, _ in at)}
-
-    def table(title, text):
-        return grid(title, names, WORK, lambda name, work: text(at[names[name], work])
-                    if (names[name], work) in at else "-")
-
-    disturbed = any(row["undisturbed"] < ENOUGH for row in found)
-    return [f"64-byte frames, bursts of 32, rings of 256, {found[0]['pages']} pages; the rival's split ring is x 1", "",
-            *table("busy cycles a packet (x DPDK, spread)", lambda row: f"{row['cycles_per_packet']:.1f} "
-                   f"(x {row['ratio_to_dpdk']:.2f}, {row['min']:.2f} to {row['max']:.2f})"), "",
-            *table("Mpps (packets a pass)", lambda row: f"{row['mpps']:.2f} ({row['packets_per_pass']:.0f})"), "",
-            *(verdict(work, at) for work in WORK),
-            *(["", "A worker was disturbed in nearly all windows: these figures are about the machine's other work."]
-              * disturbed)]
+    lines = [f"64-byte frames, bursts of 32, rings of 256, {found[0]['pages']} pages; x 1 is DPDK's split ring"]
+    for title, text in (("busy cycles a packet (x DPDK, spread)", cost), ("Mpps (packets a pass)", _rate)):
+        lines += ["", *grid(title, names, WORK, lambda name, work, text=text: text(at.get((names[name], work))))]
+    lines += ["", *(verdict(work, at) for work in WORK)]
+    if any(row["undisturbed"] < ENOUGH for row in found):
+        lines += ["", "In nearly all windows a worker had to wait: these figures are about the machine's other work."]
+    return lines
 
 
 def verdict(work, at):

@@ -1,4 +1,4 @@
-"""What the simulated 82599 computes for the driver: checksums both ways, segmentation, VLAN tags. Scapy is the judge."""
+"""What the simulated 82599 computes for drivers: checksums both ways, segmentation, VLAN tags. Scapy is the judge."""
 
 import pytest
 from hypothesis import given, settings
@@ -47,7 +47,8 @@ def play(tmp_path):
 
 def context(rig, network=14, header=20, l4=20, kind=TCP_TYPE | IPV4, mss=0, vlan=0, index=0, q=0):
     """A context descriptor: where the headers are and what they are."""
-    rig.queue_tx(header | network << 9 | vlan << 16, TX_CONTEXT | TX_DEXT | kind | index << 36 | l4 << 40 | mss << 48, q)
+    what = kind | index << 36 | l4 << 40 | mss << 48
+    rig.queue_tx(header | network << 9 | vlan << 16, TX_CONTEXT | TX_DEXT | what, q)
 
 
 def pseudo_sum(ip, protocol, length):

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VENDOR, NETWORK = 0x1AF4, 0x1041  # the PCI ids of a virtio 1.x network device, on whatever transport
-
 
 @dataclass(frozen=True)
 class Notifier:

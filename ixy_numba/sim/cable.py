@@ -29,7 +29,7 @@ class Cable:
 
     def __init__(self, name):
         self.name = name
-        self._ends = []
+        self._ends, self._plugged = [], set()  # who had which end; who still has one
         self._memory, self._fifos = zip(new_fifo(), new_fifo(), strict=True)
 
     @classmethod
@@ -40,6 +40,7 @@ class Cable:
             if len(cable._ends) == 2:
                 raise UsageError(f"{bus.name}: link={name} has two ends already; choose another name")
             cable._ends.append(bus)
+            cable._plugged.add(bus)
             return cable
 
     def fifos(self, bus):
@@ -47,11 +48,14 @@ class Cable:
         return self._fifos if self._ends[0] is bus else self._fifos[::-1]
 
     def leave(self, bus):
-        """Pull an end: what the other sends from now on is lost. A new cable can have the name."""
+        """Pull an end: the other's link goes down, what it sends is lost. A new cable can have the name."""
         with self._lock:
             if self._by_name.get(self.name) is self:
                 del self._by_name[self.name]
             unplug(np.uint64(self.fifos(bus)[0]))
+            self._plugged.discard(bus)
+            for other in self._plugged:
+                other.model.set_link(False)
 
 
 class Tap:

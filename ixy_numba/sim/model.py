@@ -214,7 +214,8 @@ class Model:
         return (r.STATUS.LINK_UP if up else 0) | (r.STATUS.MASTER_ENABLED if mastering else 0)
 
     def set_link(self, up):
-        """The cable is plugged in or pulled: LINKS shows it, it is an interrupt cause, no frame passes meanwhile."""
+        """The cable is plugged in or pulled: LINKS shows it, it is an interrupt cause, nothing is received."""
+        # DEVIATION(sim-link-down): what is sent meanwhile is lost; hardware keeps it until the link is up again.
         with self.held():
             if up != self._link:
                 self._link = up
@@ -256,9 +257,9 @@ class Model:
     def _latch(self):
         """Bring the engine's state in line with the registers that are not a queue's."""
         state, get = self.state, self.get
-        moving = self._bus_master and self._link and not get(r.CTRL) & r.CTRL.MASTER_DISABLE
+        moving = self._bus_master and not get(r.CTRL) & r.CTRL.MASTER_DISABLE
         blocked = get(m.SECRXCTRL) & m.SECRXCTRL.RX_DIS
-        state.rx_on = bool(moving and get(r.RXCTRL) & r.RXCTRL.RXEN and not blocked)
+        state.rx_on = bool(moving and self._link and get(r.RXCTRL) & r.RXCTRL.RXEN and not blocked)
         state.tx_on = bool(moving and get(r.DMATXCTL) & r.DMATXCTL.TE)
         hlreg, fctrl, multicast, mrqc = get(r.HLREG0), get(r.FCTRL), get(m.MCSTCTRL), get(r.MRQC)
         state.crc_strip = bool(hlreg & r.HLREG0.RXCRCSTRP)

@@ -8,7 +8,7 @@ _VENDOR, _PART, _SERIAL, _DATE = b"ixy_numba", b"SIM-10G-SR", b"1", b"260101"
 def contents():
     """The EEPROM of a 10GBASE-SR module, its two checksums included. The OUI is Intel's: drivers ask for it."""
     data = bytearray(256)
-    data[0], data[2], data[3], data[11], data[12] = 0x03, 0x07, 0x10, 0x06, 103  # SFP, LC, SR, 64B/66B, 10.3 Gbit/s
+    data[:4], data[11:13] = bytes((0x03, 0x04, 0x07, 0x10)), bytes((0x06, 103))  # SFP, LC, SR; 64B/66B, 10.3 Gbit/s
     data[20:36], data[37:40] = _VENDOR.ljust(16), bytes.fromhex("001b21")
     data[40:56], data[68:84], data[84:92] = _PART.ljust(16), _SERIAL.ljust(16), _DATE.ljust(8)
     data[63], data[95] = sum(data[:63]) & 0xFF, sum(data[64:95]) & 0xFF

@@ -17,7 +17,7 @@ import threading
 
 from ..core.errors import IxyError
 from .guest_memory import GuestMemory
-from .messages import INTX, MSIX, Messages, check_eventfd
+from .messages import FAULT, INTX, Messages, check_eventfd
 from .pci import BAR2_SIZE, BAR4_SIZE, CONFIG_SIZE, VECTORS, PciFunction
 from .state import MAX_MAPPINGS
 
@@ -264,7 +264,7 @@ class Connection:
 
     def _set_irqs(self, body):
         _, flags, index, first, count = struct.unpack_from("<IIIII", body)
-        if index > MSIX or first + count > IRQS[index][0]:
+        if index > FAULT or first + count > IRQS[index][0]:
             raise Refusal(errno.EINVAL)
         kind, action = flags & (DATA_NONE | DATA_BOOL | DATA_EVENTFD), flags & (MASK | UNMASK | TRIGGER)
         vectors = range(first, first + count)

@@ -12,7 +12,7 @@ from guest_inside import send_one
 
 from ixy_numba import cli, device, fwd, pcap, pktgen
 from ixy_numba.bus import Bus
-from ixy_numba.bus.virtio import NETWORK, VENDOR, Notifier, VirtioTransport
+from ixy_numba.bus.virtio import Notifier, VirtioTransport
 from ixy_numba.core.memory import ANY
 
 RING_SIZE = 256  # of QEMU's virtio NICs
@@ -21,7 +21,7 @@ RING_SIZE = 256  # of QEMU's virtio NICs
 class IdleBus(Bus, VirtioTransport):
     """A modern virtio device that never does anything."""
 
-    vendor, device, memory_needs = VENDOR, NETWORK, ANY
+    vendor, device, memory_needs = 0x1AF4, 0x1041, ANY
     connected, max_queue_pairs = True, 1
 
     def __init__(self, spec, options):

@@ -1,12 +1,12 @@
 """Virtio network devices over split virtqueues (virtio 1.1, section 5.1), on any virtio transport."""
 
 import os
+import time
 
 import numpy as np
 
 from ...bus.pci import PciBus
-from ...bus.virtio import NETWORK, RingAddresses, VirtioTransport
-from ...bus.virtio import VENDOR as VENDOR
+from ...bus.virtio import RingAddresses, VirtioTransport
 from ...core.errors import IxyError, UsageError
 from ...core.memory import DmaMemory, new_record, record
 from ...core.pool import ADDRESS_SHIFT, BUFFER_SIZE
@@ -16,7 +16,8 @@ from . import regs as r
 from .control import ALL_MULTICAST, COMMAND, PROMISCUOUS, SET_MAC, SET_PAIRS, ControlQueue
 from .control import SIZE as CONTROL_SIZE
 
-IDS = {NETWORK: "virtio network device", r.TRANSITIONAL: "transitional virtio network device"}
+VENDOR = 0x1AF4
+IDS = {0x1041: "virtio network device", r.TRANSITIONAL: "transitional virtio network device"}
 REFUSED = {}
 CONTROL = r.CTRL_VQ | r.CTRL_RX | r.CTRL_MAC_ADDR
 WANTED = r.MAC | r.STATUS | r.MTU | r.MRG_RXBUF | r.EVENT_IDX | r.ANY_LAYOUT | r.VERSION_1
@@ -140,10 +141,13 @@ class Virtio(Device):
 
     def _release(self):
         held = [np.zeros(0, np.uint32)] * self.queues
-        for k, (rxq, txq) in enumerate(zip(self.rx, self.tx, strict=True)):
+        for k, rxq in enumerate(self.rx):
+            held[k] = rxq.state.held
+        for k, txq in enumerate(self.tx):  # there may be fewer, if the set-up failed
             unsent = np.arange(int(txq.state.clean), int(txq.state.tail)) % len(txq.ring.desc)
-            held[k] = np.concatenate([rxq.state.held, txq.state.held[unsent]])
-            rxq.state.descriptor = txq.state.descriptor = -1  # its number may be another file's from now on
+            held[k] = np.concatenate([held[k], txq.state.held[unsent]])
+        for queue in self.rx + self.tx:
+            queue.state.descriptor = -1  # its number may be another file's from now on
         if self._memory is not None:
             self.bus.unmap_dma(self._memory)
             self._memory.close()
@@ -164,6 +168,9 @@ class Virtio(Device):
         return 10000 if up and self.transport.connected else 0
 
     def wait_for_link(self, timeout_s=10.0):
+        deadline = time.monotonic() + timeout_s
+        while not self.link_mbit and time.monotonic() < deadline:
+            time.sleep(0.01)
         return self.link_mbit
 
     @property

@@ -8,7 +8,7 @@ from ...core.errors import IxyError
 from .descriptors import DEVICE_WRITES, NEXT
 
 SIZE = 64
-TIMEOUT_S = 1.0
+TIMEOUT_S = 5.0
 COMMAND = np.dtype([("head", "u1", (2,)), ("argument", "u1", (6,)), ("answer", "u1")])
 OK, NO_ANSWER = 0, 0xFF
 

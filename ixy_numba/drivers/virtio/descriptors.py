@@ -16,10 +16,7 @@ NUM_BUFFERS_SHIFT = U(48)  # in the 8 bytes in front of the frame
 
 
 def ring(size):
-    """A virtqueue of `size` descriptors as one dtype, laid out as legacy devices want it (2.6.2).
-
-    `used_id` and `used_len` are columns of the used ring's entries.
-    """
+    """A virtqueue of `size` descriptors as one dtype, laid out as legacy devices want it (2.6.2)."""
     avail = 16 * size
     used = -(-(avail + 6 + 2 * size) // 4096) * 4096
     entry = np.dtype([("id", "u4"), ("len", "u4")])

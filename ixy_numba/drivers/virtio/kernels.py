@@ -205,7 +205,7 @@ def skip_rest(rxq):
     size, start, i = U(len(ring.desc)), state.index, state.index
     while i < min(state.rest_end, state.ready):
         used = U(load_acquire(ring.used[i & (size - ONE)], "id"))
-        if used != state.posted[i & (size - ONE)] and not reorder(ring, state, i, start + size, used):
+        if used != U(state.posted[i & (size - ONE)]) and not reorder(ring, state, i, start + size, used):
             state.errors += ONE
             state.packets += ONE  # those and errors go together: see rx_finish
         i += ONE
