@@ -34,8 +34,9 @@ class Outside:
                         "ip link set tap0 up"):
             self.run(*command.split())
         self._output = open(folder / "server", "w+")
-        self._server = self.start(sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
-                                  "--wire", f"tap=tap0,mac={MAC}", stdout=self._output, stderr=self._output)
+        self._server = self.start(
+            sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
+            "--wire", f"tap=tap0,min_frame=60,mac={MAC}", stdout=self._output, stderr=self._output)
         until(lambda: "listening" in self.output() or self._server.poll() is not None, START_S, "the server")
         assert self._server.poll() is None, self.output()
 
@@ -194,8 +195,8 @@ def test_linux_ixgbe_moves_tcp_with_offloads(outside, card, direction):
     assert len(ours) == FLOWS and ours == theirs
     after, given = card.statistics(), offloads_used(outside)[0] - given
     grown = {name: after[name] - before.get(name, 0) for name in after}
-    if direction == "out":  # far fewer descriptors than frames, though a frame would need a context descriptor too
-        assert grown["tx_pkts_nic"] > TRANSFER / 1514 and given < grown["tx_pkts_nic"] / 2
+    if direction == "out":  # fewer descriptors than frames, though each that is not segmented needs at least one
+        assert grown["tx_pkts_nic"] > TRANSFER / 1514 and given < grown["tx_pkts_nic"]
     else:
         assert grown["rx_pkts_nic"] > TRANSFER / 1514
         assert grown["rx_queue_0_packets"] and grown["rx_queue_1_packets"]
