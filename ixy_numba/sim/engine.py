@@ -20,7 +20,7 @@ from .state import BATCH, DEVICE, MAX_DEVICES, ONE, ZERO, U, enter, leave
 from .transmit import transmit
 
 CONTROL = np.dtype([("stop", "u8"), ("worker", "u8"), ("slice", "u8"), ("slots", "u8"), ("rounds", "u8")])
-CONTROL, MAPPABLE_QUEUES = U(0x28), 64
+QUEUE_CONTROL, MAPPABLE_QUEUES = U(0x28), 64
 SPINS, NAP_US = U(2000), U(50)  # idle rounds before the first nap
 
 
@@ -29,7 +29,7 @@ def controls_changed(device):
     """Whether RXDCTL or TXDCTL of one of the 64 queues that can be mapped was written past the registers' handlers."""
     for k in range(MAPPABLE_QUEUES):
         rx, tx = device.rx[k], device.tx[k]
-        if load32(rx.registers + CONTROL) != rx.control or load32(tx.registers + CONTROL) != tx.control:
+        if load32(rx.registers + QUEUE_CONTROL) != rx.control or load32(tx.registers + QUEUE_CONTROL) != tx.control:
             return True
     return False
 

@@ -28,20 +28,27 @@ class Outside:
 
     def __init__(self, folder):
         self.name, self.trace = f"ixy-{os.getpid()}", folder / "trace"
-        self.socket, self._server = folder / "nic", None
+        self.socket, self._server, self._output = folder / "nic", None, folder / "server"
         subprocess.run(["ip", "netns", "add", self.name], check=True)
-        for command in ("ip link set lo up", "ip tuntap add tap0 mode tap", f"ip addr add {HOST}/24 dev tap0",
-                        "ip link set tap0 up"):
-            self.run(*command.split())
-        self._output = open(folder / "server", "w+")
-        self._server = self.start(
-            sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
-            "--wire", f"tap=tap0,min_frame=60,mac={MAC}", stdout=self._output, stderr=self._output)
+        try:
+            for command in ("ip link set lo up", "ip tuntap add tap0 mode tap", f"ip addr add {HOST}/24 dev tap0",
+                            "ip link set tap0 up"):
+                self.run(*command.split())
+            self._serve()
+        except BaseException:
+            self.close()
+            raise
+
+    def _serve(self):
+        with open(self._output, "w") as output:
+            self._server = self.start(
+                sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
+                "--wire", f"tap=tap0,min_frame=60,mac={MAC}", stdout=output, stderr=output)
         until(lambda: "listening" in self.output() or self._server.poll() is not None, START_S, "the server")
         assert self._server.poll() is None, self.output()
 
     def output(self):
-        return Path(self._output.name).read_text()
+        return self._output.read_text()
 
     def command(self, *words):
         return ["ip", "netns", "exec", self.name, *map(str, words)]
@@ -56,7 +63,6 @@ class Outside:
         if self._server:
             self._server.terminate()
             self._server.wait(STEP_S)
-        self._output.close()
         subprocess.run(["ip", "netns", "del", self.name], check=True)
 
 
