@@ -42,7 +42,7 @@ QUICK_SECONDS, QUICK_ROUNDS = 0.1, 3
 MOST_LOST = 0.01  # of a window, waiting for a processor
 ENOUGH = 3  # undisturbed windows, or all are taken and the row says so
 DRAIN_S = 0.02
-HUGE_PAGES_NEEDED = 64 * (2 + len(RIVALS)) + 32
+HUGE_PAGES_NEEDED = testpmd.MEMORY_MIB // 2 * (1 + len(RIVALS)) + 64  # of the back-end and the rivals, and ours
 
 
 @dataclass
