@@ -145,7 +145,6 @@ class Interrupts:
             multiple = self._multiple()
             if self.port:
                 (self._send_vectors if multiple else self._send_one)()
-                self._forget()
                 self._state.armed = self._queue_mask & ~self._queue_causes & (NEVER if multiple else RTXQ)
 
     def _forget(self):

@@ -28,19 +28,27 @@ class Outside:
 
     def __init__(self, folder):
         self.name, self.trace = f"ixy-{os.getpid()}", folder / "trace"
-        self.socket, self._server = folder / "nic", None
+        self.socket, self._server, self._output = folder / "nic", None, folder / "server"
         subprocess.run(["ip", "netns", "add", self.name], check=True)
-        for command in ("ip link set lo up", "ip tuntap add tap0 mode tap", f"ip addr add {HOST}/24 dev tap0",
-                        "ip link set tap0 up"):
-            self.run(*command.split())
-        self._output = open(folder / "server", "w+")
-        self._server = self.start(sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
-                                  "--wire", f"tap=tap0,mac={MAC}", stdout=self._output, stderr=self._output)
+        try:
+            for command in ("ip link set lo up", "ip tuntap add tap0 mode tap", f"ip addr add {HOST}/24 dev tap0",
+                            "ip link set tap0 up"):
+                self.run(*command.split())
+            self._serve()
+        except BaseException:
+            self.close()
+            raise
+
+    def _serve(self):
+        with open(self._output, "w") as output:
+            self._server = self.start(
+                sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
+                "--wire", f"tap=tap0,min_frame=60,mac={MAC}", stdout=output, stderr=output)
         until(lambda: "listening" in self.output() or self._server.poll() is not None, START_S, "the server")
         assert self._server.poll() is None, self.output()
 
     def output(self):
-        return Path(self._output.name).read_text()
+        return self._output.read_text()
 
     def command(self, *words):
         return ["ip", "netns", "exec", self.name, *map(str, words)]
@@ -55,7 +63,6 @@ class Outside:
         if self._server:
             self._server.terminate()
             self._server.wait(STEP_S)
-        self._output.close()
         subprocess.run(["ip", "netns", "del", self.name], check=True)
 
 
@@ -194,8 +201,8 @@ def test_linux_ixgbe_moves_tcp_with_offloads(outside, card, direction):
     assert len(ours) == FLOWS and ours == theirs
     after, given = card.statistics(), offloads_used(outside)[0] - given
     grown = {name: after[name] - before.get(name, 0) for name in after}
-    if direction == "out":  # far fewer descriptors than frames, though a frame would need a context descriptor too
-        assert grown["tx_pkts_nic"] > TRANSFER / 1514 and given < grown["tx_pkts_nic"] / 2
+    if direction == "out":  # fewer descriptors than frames, though each that is not segmented needs at least one
+        assert grown["tx_pkts_nic"] > TRANSFER / 1514 and given < grown["tx_pkts_nic"]
     else:
         assert grown["rx_pkts_nic"] > TRANSFER / 1514
         assert grown["rx_queue_0_packets"] and grown["rx_queue_1_packets"]
@@ -211,7 +218,8 @@ def test_linux_ixgbe_statistics_agree_with_each_other(card):
     assert counts["rx_packets"] == counts["rx_pkts_nic"] == counts["rx_queue_0_packets"] + counts["rx_queue_1_packets"]
     assert counts["tx_packets"] == counts["tx_pkts_nic"] == counts["tx_queue_0_packets"] + counts["tx_queue_1_packets"]
     assert counts["rx_bytes_nic"] == counts["rx_bytes"] + 4 * counts["rx_packets"]  # the CRC
-    assert counts["tx_bytes_nic"] == counts["tx_bytes"] + 4 * counts["tx_packets"]
+    padding = counts["tx_bytes_nic"] - counts["tx_bytes"] - 4 * counts["tx_packets"]
+    assert 0 <= padding < 18 * 100  # of ARP, which the card pads to 60 bytes
     for name in ("rx_errors", "rx_crc_errors", "rx_missed_errors", "tx_errors", "tx_timeout_count", "rx_length_errors",
                  "tx_restart_queue", "rx_no_buffer_count", "rx_over_errors"):
         assert counts[name] == 0, name
