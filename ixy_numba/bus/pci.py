@@ -169,8 +169,8 @@ class MappedBar(Bar):
     def __init__(self, name, descriptor, start, size):
         super().__init__(name, size)
         self.array = map_file(descriptor, start, size)
-        # Each access must be one of its width: NumPy copies scalars as bytes, which may read a register twice and lose
-        # what clears on read. Elements of a memoryview are moved as a whole.
+        # Each access must be a single one of its width: many registers clear on read. CPython copies an element of a
+        # memoryview by a copy of constant size, which is one instruction; NumPy says nothing about how it copies.
         self._words = {width: memoryview(self.array).cast(code) for width, code in ((1, "B"), (2, "H"), (4, "I"))}
 
     def _read(self, offset, width):
