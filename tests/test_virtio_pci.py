@@ -211,7 +211,7 @@ def test_a_device_that_somebody_resets():
     card = Card()
     device = attach(card)
     card.status = 0
-    with pytest.raises(DeviceGoneError, match="card: the device is gone, or somebody has reset it: its status reads 0x0"):
+    with pytest.raises(DeviceGoneError, match="card: the device is gone, or somebody has reset it: .* 0x0"):
         device.check()
     close(device)
 
