@@ -1,6 +1,6 @@
 """The published table of protections, and our row of it: a mark is what its tests' results say, nothing else."""
 
-import re
+import os
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,6 @@ FOOTNOTES = ("¹ by a wrapper that unsafe or C code constructs", "² in debug bu
              "³ buffers only ever return to their pool", "⁴ off by default",
              "⁵ numbers do not wrap: floats, or integers of any size")
 COLUMNS = ("memory bounds", "use after free", "packet bounds", "use after free ", "int overflow")
-MARK = re.compile(r"mark\.safety\(([^)]*)\)")
 
 
 class Outcomes:
@@ -37,9 +36,6 @@ class Outcomes:
         for protection in protections:
             self.found[protection][node] = outcome
 
-    def _of(self, node):
-        return [protection for protection, tests in self.found.items() if node in tests]
-
     def pytest_itemcollected(self, item):
         for marker in item.iter_markers("safety"):
             self._set(item.nodeid, marker.args, "not run")
@@ -51,15 +47,16 @@ class Outcomes:
         """A file that is skipped or broken as a whole: all that it would have shown is not shown."""
         path = self._paths.get(report.nodeid)
         if report.outcome != "passed" and path and path.is_file():
-            named = re.findall(r"\w+", " ".join(MARK.findall(path.read_text())))
-            self._set(report.nodeid, set(named) & set(PROTECTIONS), report.outcome)
+            text = path.read_text()
+            if "mark.safety(" in text:
+                self._set(report.nodeid, [name for name in PROTECTIONS if name in text], report.outcome)
 
     def pytest_runtest_logreport(self, report):
-        before = {self.found[protection][report.nodeid] for protection in self._of(report.nodeid)}
+        mine = [protection for protection, tests in self.found.items() if report.nodeid in tests]
         if report.outcome != "passed" or hasattr(report, "wasxfail"):
-            self._set(report.nodeid, self._of(report.nodeid), "failed" if report.failed else "skipped")
-        elif report.when == "call" and before == {"not run"}:
-            self._set(report.nodeid, self._of(report.nodeid), "passed")
+            self._set(report.nodeid, mine, "failed" if report.failed else "skipped")
+        elif report.when == "call":
+            self._set(report.nodeid, mine, "passed")
 
 
 def worker(tests):
@@ -79,7 +76,8 @@ def measure(tests=ROOT / "tests"):
     if not find_spec("pytest"):
         raise Unavailable("safety: the marks are given by tests, which need pytest; install ixy_numba[test]")
     say("safety: tests of the marks …")
-    found = in_worker("marks", "checked", {"IXY_NUMBA_WITHOUT": ""}, tests=str(Path(tests)))
+    environment = {"IXY_NUMBA_WITHOUT": "", "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", "")}  # as in pytest
+    found = in_worker("marks", "checked", environment, tests=str(Path(tests)))
     return ({protection: given(outcomes) for protection, outcomes in found.items()},
             {protection: dict(Counter(outcomes.values())) for protection, outcomes in found.items()})
 

@@ -5,7 +5,7 @@ import re
 
 from ixy_numba.core.errors import IxyError
 
-from . import events, handlers, latency, marks, ours, safety, size
+from . import events, handlers, latency, marks, ours, safety, size, vhost
 from .common import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -152,5 +152,13 @@ def _safety(result):
                       cost)]
 
 
+def _vhost(rows):
+    at = {(row["variant"], row["work"]): row for row in rows}
+    lines = [[vhost.MEANINGS[variant], *(vhost.cost(at.get((variant, work))) for work in vhost.WORK)]
+             for variant in dict.fromkeys(variant for variant, _ in at)]
+    return markdown([f"busy cycles a packet, {rows[0]['pages']} pages (x DPDK's split ring)", *vhost.WORK], lines)
+
+
 FIGURES = {"throughput": _throughput, "events": _events, "latency": _latency, "endtoend": _endtoend,
-           "startup": _startup, "size": _size, "handlers": _handlers, "safety": _safety}
+           "startup": _startup, "size": _size, "handlers": _handlers, "safety": _safety,
+           "vhost": _vhost}

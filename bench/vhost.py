@@ -41,8 +41,8 @@ SECONDS, ROUNDS = 0.25, 15
 QUICK_SECONDS, QUICK_ROUNDS = 0.1, 3
 MOST_LOST = 0.01  # of a window, waiting for a processor
 ENOUGH = 3  # undisturbed windows, or all are taken and the row says so
-DRAIN_S = 0.02
-HUGE_PAGES_NEEDED = 64 * (2 + len(RIVALS)) + 32
+DRAIN_S, TRIES = 0.02, 10
+HUGE_PAGES_NEEDED = testpmd.MEMORY_MIB // 2 * (1 + len(RIVALS)) + 64  # of the back-end and the rivals, and ours
 
 
 @dataclass
@@ -115,7 +115,15 @@ class Contest:
                         for variant, end in [*OURS.items(), *zip(RIVALS, RIVALS, strict=True)]}
 
     def window(self, work, variant, seconds):
-        """One window of one front-end, with the back-end at work as WORK says; `waited_s` is the worse one's."""
+        """One window of one front-end; another if the back-end had no processor in all of it, IxyError after TRIES."""
+        for _ in range(TRIES):
+            found = self._window(work, variant, seconds)
+            if found.timed:
+                return found
+        raise IxyError(f"vhost: {variant} moved no packet ({work}) in {TRIES} windows; is the machine very busy?")
+
+    def _window(self, work, variant, seconds):
+        """With the back-end at work as WORK says; `waited_s` is the worse one's."""
         (mode, bursts), (front_end, port) = WORK[work], self._places[variant]
         form = variant.removesuffix("_fast")
         self.back_end.command(f"set portlist {port}")
@@ -128,9 +136,6 @@ class Contest:
         found = front_end.window(work, form, seconds)
         found.waited_s = max(found.waited_s, self._waited_s() - since)
         self.back_end.stop()
-        if not found.timed:
-            raise IxyError(f"vhost: {variant} moved no packet ({work}); the back-end says: "
-                           f"{self.back_end.statistics()[port]}")
         return found
 
     def _waited_s(self):
@@ -207,22 +212,27 @@ def _kept(windows, seconds):
     return np.array([window.cycles_per_packet for window in windows]), kept
 
 
+def cost(row):
+    """Cycles a packet, the ratio to the rival's split ring, and its spread; "-" where there is no row."""
+    if row is None:
+        return "-"
+    return f"{row['cycles_per_packet']:.1f} (x {row['ratio_to_dpdk']:.2f}, {row['min']:.2f} to {row['max']:.2f})"
+
+
+def _rate(row):
+    return "-" if row is None else f"{row['mpps']:.2f} ({row['packets_per_pass']:.0f})"
+
+
 def show(found):
     at = {(row["variant"], row["work"]): row for row in found}
     names = {MEANINGS[variant]: variant for variant in dict.fromkeys(variant for variant, _ in at)}
-
-    def table(title, text):
-        return grid(title, names, WORK, lambda name, work: text(at[names[name], work])
-                    if (names[name], work) in at else "-")
-
-    disturbed = any(row["undisturbed"] < ENOUGH for row in found)
-    return [f"64-byte frames, bursts of 32, rings of 256, {found[0]['pages']} pages; the rival's split ring is x 1", "",
-            *table("busy cycles a packet (x DPDK, spread)", lambda row: f"{row['cycles_per_packet']:.1f} "
-                   f"(x {row['ratio_to_dpdk']:.2f}, {row['min']:.2f} to {row['max']:.2f})"), "",
-            *table("Mpps (packets a pass)", lambda row: f"{row['mpps']:.2f} ({row['packets_per_pass']:.0f})"), "",
-            *(verdict(work, at) for work in WORK),
-            *(["", "A worker was disturbed in nearly all windows: these figures are about the machine's other work."]
-              * disturbed)]
+    lines = [f"64-byte frames, bursts of 32, rings of 256, {found[0]['pages']} pages; x 1 is DPDK's split ring"]
+    for title, text in (("busy cycles a packet (x DPDK, spread)", cost), ("Mpps (packets a pass)", _rate)):
+        lines += ["", *grid(title, names, WORK, lambda name, work, text=text: text(at.get((names[name], work))))]
+    lines += ["", *(verdict(work, at) for work in WORK)]
+    if any(row["undisturbed"] < ENOUGH for row in found):
+        lines += ["", "In nearly all windows a worker had to wait: these figures are about the machine's other work."]
+    return lines
 
 
 def verdict(work, at):

@@ -9,7 +9,9 @@ import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 
-from .core.errors import ClosedError, IxyError, UsageError
+import numpy as np
+
+from .core.errors import ClosedError, DmaError, IxyError, UsageError
 from .core.lifetime import close_queues
 from .core.memory import strongest
 from .core.pool import Pool
@@ -97,7 +99,7 @@ class Device(ABC):
                 undo.callback(pool.unmap, bus)
             undo.callback(self._stop)
             self._set_up()
-            bus.start()
+            self._start()
             if not self.wait_for_link():
                 warnings.warn(f"{self.name}: the link is down; it is used all the same, packets wait for it",
                               RuntimeWarning, stacklevel=4)
@@ -185,6 +187,21 @@ class Device(ABC):
     @abstractmethod
     def _set_up(self):
         """Bring the device up and make `rx` and `tx`. On an error `_quiesce` and `_release` undo what was done."""
+
+    def _start(self):
+        """Let packets flow."""
+        self.bus.start()
+
+    def _take_ring(self, memory, pages, layout):
+        """A ring out of `memory`, whose pages the device sees at `pages` (`Bus.map_dma`): (record, device address)."""
+        # Aligned so that none larger than a page goes across one: pages next to each other need not be so for a device.
+        ring, iova = memory.take(layout, align=1 << (layout.itemsize - 1).bit_length())
+        start, page = iova - memory.iova, memory.page_size
+        touched = pages[start // page : (start + layout.itemsize - 1) // page + 1].astype(np.int64)
+        if (np.diff(touched) != page).any():
+            raise DmaError(f"{self.name}: a ring of {self.ring_size} descriptors is not contiguous for the device; "
+                           "choose a smaller ring size")
+        return ring, int(touched[0]) + start % page
 
     @abstractmethod
     def _quiesce(self):

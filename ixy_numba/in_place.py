@@ -89,8 +89,8 @@ def in_place_pass(rxq, txq, lane, arrival):
     control = lane.control
     recycle(rxq, txq)  # even if nothing arrives: once all descriptors wait to be sent, nothing can
     limit = min(control.batch_size, control.budget - control.forwarded)
-    other = np.int64(1 - arrival)
-    i, n, dropped = rx_start(rxq), ZERO, ZERO
+    other, dropped = np.int64(1 - arrival), control.dropped
+    i, n = rx_start(rxq), ZERO
     while n < limit:
         length = rx_next(rxq, i)
         if likely(length != EMPTY):
@@ -100,17 +100,16 @@ def in_place_pass(rxq, txq, lane, arrival):
                 if verdict != DROP:
                     _note_failure(control, rx_view(rxq, i, length, arrival))
                 length = ZERO
-                dropped += ONE
+                control.dropped += ONE
         elif rx_broken(rxq, i):
             rxq.state.errors += ONE
             length = ZERO
-            dropped += ONE
+            control.dropped += ONE
         else:
             break
         i = resend(rxq, i, length)
         n += ONE
     if n != ZERO:
         hand_over(rxq, txq, n)
-        control.forwarded += n - dropped
-        control.dropped += dropped
+        control.forwarded += n - (control.dropped - dropped)
     return n

@@ -152,6 +152,7 @@ def outcome(function):
 
 
 @checked_only
+@pytest.mark.safety("packet_bounds")
 @settings(max_examples=200 if INTERPRETED else 500)
 @given(case=accesses())
 def test_compiled_view(buffer, case):
@@ -178,6 +179,7 @@ def test_plain_python_class(buffer, case):
 
 
 @checked_only
+@pytest.mark.safety("packet_bounds")
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 60, 2048])
 @pytest.mark.parametrize("what", SIZES)
 def test_the_last_place_and_the_one_after(buffer, length, what):

@@ -1,21 +1,18 @@
-"""Array bounds in kernels: every index at its edges, none that counts from the end, and what is refused."""
+"""Array bounds in kernels: every index at its edges, and none that counts from the end."""
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tinynic import account, attach
 from unprotected import outcomes, outcomes_without
 
-from ixy_numba import MAX_BATCH, KernelError, Pool, alloc_batch, free_batch, kernel, rx_batch, tx_batch
+from ixy_numba import kernel
 from ixy_numba.core.jit import INTERPRETED, PROTECTED
 from ixy_numba.core.mmio import load_acquire, prefetch, store_release
-from ixy_numba.core.thread import KernelThread
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="NUMBA_DISABLE_JIT=1: nothing is compiled")
 checked_only = pytest.mark.skipif("memory_bounds" not in PROTECTED, reason="bounds are not checked in this mode")
-pytestmark = [compiled_only, checked_only]
+pytestmark = [compiled_only, checked_only, pytest.mark.safety("memory_bounds")]
 U, I64 = np.uint64, np.int64
 SIGNED = [np.int8, np.int32, np.int64]
 KINDS = [*SIGNED, np.uint8, np.uint32, np.uint64]
@@ -157,90 +154,7 @@ def test_slices(start, stop, step):
     assert outcome(put, np.zeros((2, SIZE)), (1, part), 7.0) == (None if good else IndexError)
 
 
-ARRAY, LAST = np.arange(SIZE), -1
-REFUSED = {  # why: (function, argument)
-    "index -1 would count from the end of the array": (lambda x: x[-1], ARRAY),
-    "index -2 would count from the end of the array": (lambda x: x[1:-2], ARRAY),
-    "index -3 would count from the end of the array": (lambda x: x[-3:].sum(), ARRAY),
-    "an array as an index is not checked": (lambda x: x[x], ARRAY),
-    "array.flat is not checked": (lambda x: x.flat[2], ARRAY),
-}
-
-
-@pytest.mark.parametrize("why", REFUSED)
-def test_refused(why):
-    function, argument = REFUSED[why]
-    with pytest.raises(numba.core.errors.NumbaError) as refusal:
-        kernel(function)(argument)
-    text = str(refusal.value)
-    assert why in text and f"line {function.__code__.co_firstlineno}" in text and "test_safety_bounds.py" in text
-
-
-@kernel
-def put_last(array, value):
-    array[-1] = value
-
-
-@kernel
-def put_last_of_global(array, value):
-    array[LAST] = value
-
-
-@pytest.mark.parametrize("function", [put_last, put_last_of_global])
-def test_constant_stores_are_refused(function):
-    with pytest.raises(numba.core.errors.NumbaError, match="index -1 would count from the end"):
-        function(np.arange(SIZE), 7)
-
-
-# ---- what applications hand to the verbs
-
-
-@pytest.mark.parametrize("bad", [MAX_BATCH + 1, 1 << 32, (1 << 64) - 1])
-def test_batches_end_at_their_end(bad):
-    """What is beyond the batch is cut off: limits, ends and beginnings."""
-    pool = Pool(1024)
-    device, nic = attach(pool, 512)
-    batch = pool.batch()
-    for _ in range(300):
-        nic.receive(bytes(60))
-    assert rx_batch(device.rx[0], batch, U(bad)) == MAX_BATCH
-    account(pool, [device], batch.packet)
-    assert tx_batch(device.tx[0], batch, U(bad), U(bad)) == MAX_BATCH
-    assert free_batch(pool.view, batch, U(bad), U(bad)) == 0
-    assert tx_batch(device.tx[0], batch, U(0), U(bad)) == MAX_BATCH
-    assert alloc_batch(pool.view, batch, U(bad)) == MAX_BATCH
-    account(pool, [device], batch.packet)
-    assert free_batch(pool.view, batch, U(0), U(bad)) == MAX_BATCH
-    device.close()
-    assert pool.available == pool.count
-
-
-@kernel
-def walks_off(rxq, batch, table):
-    """A user's own loop, which leaves its table with packets in its hands."""
-    n = rx_batch(rxq, batch, U(32))
-    for k in range(n):
-        table[k] = batch.packet[k]
-    return n
-
-
-def test_a_violation_in_a_loop_of_ones_own_is_one_error():
-    pool = Pool(128)
-    device, nic = attach(pool)
-    for _ in range(SIZE):
-        nic.receive(bytes(60))
-    batch, table = pool.batch(), np.zeros(SIZE + 1, np.uint64)
-    thread = KernelThread(walks_off, device.rx[0], batch, table[: SIZE - 1])
-    thread.start()
-    thread.join(120)
-    line = walks_off.py_func.__code__.co_firstlineno + 5
-    assert isinstance(thread.error, KernelError)
-    assert str(thread.error) == f"{__file__}:{line}: kernel walks_off: IndexError: index is out of bounds"
-    assert not table[SIZE - 1 :].any()
-    account(pool, [device], batch.packet[:SIZE])
-    assert free_batch(pool.view, batch, U(0), U(SIZE)) == SIZE
-    device.close()
-    assert pool.available == pool.count
+ARRAY = np.arange(SIZE)
 
 
 # ---- what the protection is for: all of these stay inside of memory that is there

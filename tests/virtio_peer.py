@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import threading
+import time
 
 import numpy as np
 
@@ -362,3 +363,10 @@ def reply(request, payload, flags=5, fds=()):
 
 def silence(connection, payload):
     """An override that never answers."""
+
+
+def wait_for(condition, timeout_s=10):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -12,7 +12,7 @@ from . import Bus
 # Names as in <linux/pci_regs.h>
 PCI_VENDOR_ID, PCI_COMMAND, PCI_STATUS, PCI_CAPABILITY_LIST = 0x00, 0x04, 0x06, 0x34
 PCI_COMMAND_IO, PCI_COMMAND_MEMORY, PCI_COMMAND_MASTER, PCI_COMMAND_INTX_DISABLE = 0x1, 0x2, 0x4, 0x400
-PCI_STATUS_CAP_LIST = 0x10
+PCI_STATUS_CAP_LIST, PCI_MSIX_FLAGS_ENABLE = 0x10, 0x8000
 PCI_CAP_ID_MSI, PCI_CAP_ID_VNDR, PCI_CAP_ID_MSIX = 0x05, 0x09, 0x11
 
 ETHERNET = 0x0200  # class and subclass
@@ -193,10 +193,20 @@ class FileBar(Bar):
         self.descriptor, self.start = descriptor, start
 
     def _read(self, offset, width):
-        return int.from_bytes(os.pread(self.descriptor, width, self.start + offset), "little")
+        with _answers():
+            return int.from_bytes(os.pread(self.descriptor, width, self.start + offset), "little")
 
     def _write(self, offset, width, value):
-        os.pwrite(self.descriptor, value.to_bytes(width, "little"), self.start + offset)
+        with _answers():
+            os.pwrite(self.descriptor, value.to_bytes(width, "little"), self.start + offset)
+
+
+@contextlib.contextmanager
+def _answers(name="a BAR"):
+    try:
+        yield
+    except OSError as error:
+        raise DeviceGoneError(f"{name}: the device is gone ({error.strerror}); was it removed?") from None
 
 
 class PciBus(Bus):
@@ -235,19 +245,19 @@ class PciBus(Bus):
 
     def read_config(self, offset, width):
         """`width` bytes at `offset` of the configuration space, as an integer. DeviceGoneError if it is."""
-        descriptor, start = self._config
-        try:
-            value = os.pread(descriptor, width, start + offset)
-        except OSError as error:
-            raise self._gone(error.strerror) from None
-        return int.from_bytes(value, "little")
+        descriptor, start = self._check_open()._config
+        with _answers(self.name):
+            return int.from_bytes(os.pread(descriptor, width, start + offset), "little")
 
     def write_config(self, offset, width, value):
-        descriptor, start = self._config
-        try:
+        descriptor, start = self._check_open()._config
+        with _answers(self.name):
             os.pwrite(descriptor, value.to_bytes(width, "little"), start + offset)
-        except OSError as error:
-            raise self._gone(error.strerror) from None
+
+    def _check_open(self):
+        if self._config is None:
+            raise ClosedError(f"{self.name} is closed; open it again")
+        return self
 
     def capabilities(self, kind):
         """The offsets in configuration space of all capabilities of a `kind` (PCI_CAP_ID_…), in the list's order."""
@@ -260,6 +270,10 @@ class PciBus(Bus):
                 found.append(at)
             at = self.read_config(at + 1, 1) & ~3
         return found
+
+    @property
+    def msix_enabled(self):
+        return any(self.read_config(at + 2, 2) & PCI_MSIX_FLAGS_ENABLE for at in self.capabilities(PCI_CAP_ID_MSIX))
 
     def _command(self, on, off=0):
         self.write_config(PCI_COMMAND, 2, self.read_config(PCI_COMMAND, 2) & ~off | on)
@@ -281,7 +295,7 @@ class PciBus(Bus):
 
         IxyError if the device has none.
         """
-        if index not in self._bars:
+        if index not in self._check_open()._bars:
             opened = self._open_bar(index)
             if opened is None:
                 raise IxyError(f"{self.name}: BAR {index} is not there; does the firmware give the card its resources?")
@@ -306,13 +320,12 @@ class PciBus(Bus):
 
     def check(self):
         if self.read_config(PCI_VENDOR_ID, 2) == 0xFFFF:
-            raise self._gone("its configuration space reads all ones")
-
-    def _gone(self, why):
-        return DeviceGoneError(f"{self.name}: the device is gone ({why}); was it removed, or its slot powered off?")
+            raise DeviceGoneError(f"{self.name}: the device is gone (its configuration space reads all ones); was it "
+                                  "removed, or its slot powered off?")
 
     def close(self):
         self._undo.close()
+        self._config = None
 
 
 def open_bus(address, unbind=False, root="/"):

@@ -1,5 +1,6 @@
 """A PCI card through sysfs, as root and without an IOMMU: BARs are files, DMA goes to physical addresses."""
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -36,7 +37,8 @@ class SysfsBus(PciBus):
             self._write("driver/unbind", self.name)
         self._stop_dma()  # of a process that was killed
         if (self.function.path / "reset").exists():
-            self._write("reset", "1")
+            with contextlib.suppress(IxyError):  # the driver resets the device as well
+                self._write("reset", "1")
         self._enable()
 
     def _check_translation(self):

@@ -120,6 +120,8 @@ class Container:
 
     def unmap(self, memory):
         with self._lock:
+            if memory.iova not in self._mapped:  # mapping it had failed
+                return
             self._mapped[memory.iova] -= 1
             if not self._mapped[memory.iova]:
                 del self._mapped[memory.iova]

@@ -9,7 +9,6 @@ queues stay as they are; as soon as it listens again they are handed to it from 
 
 import contextlib
 import os
-import select
 import socket
 import struct
 import threading
@@ -21,7 +20,7 @@ from ..core.errors import IxyError, UsageError
 from ..core.memory import ANY
 from ..core.pool import BUFFER_SIZE
 from . import Bus, parse_options
-from .virtio import NETWORK, VENDOR, Notifier, VirtioTransport
+from .virtio import Notifier, VirtioTransport
 
 OPTIONS = {
     "wait": "seconds to wait for the back-end to listen (5)",
@@ -136,7 +135,7 @@ class Channel:
 class VhostUser(Bus, VirtioTransport):
     """A vhost-user device at the socket `path`; see the module. The connection is made, and minded, here."""
 
-    vendor, device = VENDOR, NETWORK
+    vendor, device = 0x1AF4, 0x1041  # what a virtio 1.x network device has on PCI
     memory_needs, shares_memory = ANY, True
 
     def __init__(self, name, path, wait_s=5.0, refused_features=0):
@@ -282,18 +281,19 @@ class VhostUser(Bus, VirtioTransport):
             while not self._stopping.wait(RETRY_S):
                 if self._channel is None:
                     self._reconnect()
-                elif self._says_something():
+                elif self._is_gone():
                     channel, self._channel = self._channel, None
                     channel.close()
         except IxyError as error:
             self._failure = error
 
-    def _says_something(self):
+    def _is_gone(self):
         """Whether the back-end closed the connection. IxyError if it sent anything: nothing was asked."""
-        if not select.select([self._channel.socket], [], [], 0)[0]:
-            return False
+        self._channel.socket.setblocking(False)
         try:
             data = self._channel.socket.recv(64)
+        except BlockingIOError:
+            return False
         except OSError:
             data = b""
         if data:

@@ -147,7 +147,8 @@ class _Context(CPUContext):
         if isinstance(fn, types.Callable):
             self._require_checked(fn, key, sig)
         found = super().get_function(fn, sig, _firstcall)
-        if self.overflow and key in _CHECKS and _holds_integers(sig.return_type):
+        if self.overflow and key in _CHECKS and (key is enumerate or isinstance(sig.args[0], types.Number)
+                                                 and _holds_integers(sig.return_type)):
             return lambda builder, args, loc=None: _CHECKS[key](self, builder, sig, args, found)
         return found
 
@@ -186,18 +187,19 @@ class _Context(CPUContext):
 
     def _require_checked(self, fn, key, sig):
         """Refuse calls of what is neither compiled with these checks nor known to need none."""
-        kinds = ", ".join(map(str, sig.args))
+        given = [kind for kind in _flat(_kinds(fn, sig)) if not isinstance(kind, types.Omitted)]
+        words = ", ".join(str(types.unliteral(kind)) for kind in given)
         if isinstance(fn, types.Dispatcher):
             if not _is_checked(fn.dispatcher._compiler.pipeline_class):
                 self.lower.refuse(f"{fn.dispatcher.py_func.__name__} is compiled without checks",
                                   "decorate it with @kernel instead of Numba's own decorator")
         elif self.overflow and key in _INEXACT and isinstance(sig.return_type, types.Float) and all(
-                isinstance(kind, types.Integer) for kind in _flat(sig.args)):
-            self.lower.refuse(f"{key.__name__} of {kinds} would be a {sig.return_type}",
+                isinstance(kind, types.Integer) for kind in given):
+            self.lower.refuse(f"{key.__name__} of {words} would be a {sig.return_type}",
                               "convert them to one type, with np.uint64(…) or np.int64(…)")
         elif isinstance(fn, (types.Function, types.BoundFunction)) and _unchecked(fn, key, sig, self.overflow):
-            name = getattr(key, "__name__", key if isinstance(key, str) else str(key))
-            self.lower.refuse(f"{name} of {kinds} is not checked", "write it out in a kernel of your own")
+            name = key[-1] if isinstance(key, tuple) else getattr(key, "__name__", key)  # a method: (type, name)
+            self.lower.refuse(f"{name} of {words} is not checked", "write it out in a kernel of your own")
 
 
 def bits(context, builder, value, source, kind):
@@ -233,13 +235,13 @@ def _outside_float(builder, value, kind):
 # ---- operations on integers: each emits its check, and then itself or what Numba has for it
 
 
-def _arithmetic(name):
+def _arithmetic(name, symbol):
     def emit(context, builder, sig, args, found):
         kind = sig.return_type
         left, right = (context.cast(builder, *pair, kind) for pair in zip(args, sig.args, strict=True))
         method = getattr(builder, f"{'s' if kind.signed else 'u'}{name}_with_overflow")
         result = method(left, right)
-        context.raise_if(builder, builder.extract_value(result, 1), OverflowError, f"{kind} overflow in {name}")
+        context.raise_if(builder, builder.extract_value(result, 1), OverflowError, f"{kind} overflow in {symbol}")
         return builder.extract_value(result, 0)
 
     return emit
@@ -319,8 +321,8 @@ def _int(context, builder, sig, args, found):
 _CHECKS = {
     operator.neg: _negate, abs: _absolute, divmod: _divide, range: _range, enumerate: _enumerate, int: _int,
     **{key: emit for name, emit in {
-        "add": _arithmetic("add"), "sub": _arithmetic("sub"), "mul": _arithmetic("mul"), "lshift": _shift,
-        "rshift": _shift, "floordiv": _divide, "and": _and}.items()
+        "add": _arithmetic("add", "+"), "sub": _arithmetic("sub", "-"), "mul": _arithmetic("mul", "*"),
+        "lshift": _shift, "rshift": _shift, "floordiv": _divide, "and": _and}.items()
        for key in (getattr(operator, f"__{name}__"), getattr(operator, f"__i{name}__"))}}
 
 # ---- what kernels may call besides each other
@@ -352,19 +354,23 @@ def _is_numbas(thing):
 def _unchecked(fn, key, sig, overflow):
     """Whether a function or method in Numba's sense could overflow or leave an array without anybody noticing."""
     templates = getattr(fn, "templates", None) or [fn.template]
-    overloads = [each for each in templates if issubclass(each, _OverloadFunctionTemplate)]
-    if any(not (_is_numbas(each._overload_func) or _is_checked(each._jit_options.get("pipeline_class")))
-           for each in overloads):
-        return True
-    if not (overflow and any(map(_holds_integers, [sig.return_type, *sig.args]))):
+    for each in templates:
+        if issubclass(each, _OverloadFunctionTemplate) and not _is_numbas(each._overload_func):
+            if not _is_checked(each._jit_options.get("pipeline_class")):
+                return True
+    if not (overflow and any(map(_holds_integers, [sig.return_type, *_kinds(fn, sig)]))):
         return False
     if key in _ARITHMETIC:
         return key in _POWERS and _holds_integers(sig.return_type) or any(map(_is_array, sig.args))
     if key in _HARMLESS or key in _CHECKS or key in vars(operator).values():  # the other operators compare and look up
         return False
-    by_hand = [each for each in templates if not hasattr(each, "_overload_func")]  # a method's overload is asked itself
-    return any(_is_numbas(each._overload_func) for each in overloads) or any(
-        _is_numbas(each) and not issubclass(each, _IntrinsicTemplate) for each in by_hand)
+    return any(_is_numbas(getattr(each, "_overload_func", each)) for each in templates
+               if not issubclass(each, _IntrinsicTemplate))
+
+
+def _kinds(fn, sig):
+    """The types of the arguments, with what a method is of."""
+    return [fn.this, *sig.args] if isinstance(fn, types.BoundFunction) else sig.args
 
 
 def _flat(kinds):

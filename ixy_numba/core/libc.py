@@ -29,6 +29,12 @@ if INTERPRETED:
         except OSError as error:
             return -error.errno
 
+    def write_at(descriptor, address, size, offset):
+        try:
+            return os.pwrite(int(descriptor), ctypes.string_at(int(address), int(size)), int(offset))
+        except OSError as error:
+            return -error.errno
+
     def sleep_us(microseconds):
         time.sleep(int(microseconds) / 1e6)
 
@@ -38,6 +44,7 @@ if INTERPRETED:
 else:
     _read = types.ExternalFunction("read", types.int64(types.int32, types.uint64, types.uint64))
     _write = types.ExternalFunction("write", types.int64(types.int32, types.uint64, types.uint64))
+    _pwrite = types.ExternalFunction("pwrite", types.int64(types.int32, types.uint64, types.uint64, types.int64))
     _sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
     _yield = types.ExternalFunction("sched_yield", types.int32())
     _errno = types.ExternalFunction("__errno_location", types.uint64())
@@ -52,6 +59,12 @@ else:
     def write_from(descriptor, address, size):
         """Bytes written to a file descriptor from `address`, or -errno."""
         n = _write(np.int32(descriptor), address, size)
+        return n if n >= 0 else -np.int64(load32(_errno()))
+
+    @kernel
+    def write_at(descriptor, address, size, offset):
+        """Bytes written from `address` to byte `offset` of a file, or -errno."""
+        n = _pwrite(np.int32(descriptor), address, size, offset)
         return n if n >= 0 else -np.int64(load32(_errno()))
 
     @kernel

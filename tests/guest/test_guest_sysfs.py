@@ -4,7 +4,6 @@ import signal
 
 import pytest
 from guest_rig import NOBODY
-from guest_warm import RING_SIZE
 
 SATA = "0000:00:1f.2"
 TOTAL = "/proc/sys/vm/nr_hugepages"
@@ -57,7 +56,7 @@ def test_guest_vfio_without_an_iommu(plain):
 def test_guest_a_card_that_goes(plain, first, bit):
     """Its registers read all ones, as those of a card do that was pulled out: here its decoders are off."""
     nics = plain.nics[first : first + 2]
-    process = plain.start("ixy_numba.fwd", "--unbind", "--ring-size", RING_SIZE, *nics)
+    process = plain.start("ixy_numba.fwd", "--no-touch", "--unbind", *nics)
     process.says("Mpps")
     config = f"/sys/bus/pci/devices/{nics[0]}/config"
     command = int(plain.shell(f"od -An -tu2 -j4 -N2 {config}"))
@@ -84,7 +83,7 @@ def test_guest_status_of_all_cards(plain):
 def test_guest_a_forwarder_ends_at_once(plain):
     """Set up, told to end, closed: the cards are quiet and free for others."""
     nics = plain.nics[2:4]
-    process = plain.start("ixy_numba.fwd", "--unbind", "--ring-size", RING_SIZE, *nics)
+    process = plain.start("ixy_numba.fwd", "--no-touch", "--unbind", *nics)
     process.says("Mpps")
     process.end(0, stop=signal.SIGTERM)
     for nic in nics:

@@ -25,8 +25,20 @@ def test_guest_memory_is_mapped_for_the_iommu_without_root(translated, igb):
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("mapped 2 pages from 0x")
 
 
+def test_guest_an_address_that_is_not_mapped_is_stopped_by_the_iommu(translated):
+    nic, address = translated.nics[0], "0x7000000000"
+    translated.tool("bind", "vfio", nic, "--user", NOBODY)
+    done = translated.start("guest_inside:send_from", nic, address, user=NOBODY).end()
+    assert "the device has met an error" in done.refusal and "an address that it cannot reach" in done.refusal
+    assert done.out == "alive, MAC 52:54:00:00:00:01\n"
+    faults = [line for line in translated.shell("dmesg").splitlines() if "DMAR" in line and address in line]
+    assert faults and all(nic.removeprefix("0000:") in line for line in faults)
+    translated.tool("bind", "restore", nic)
+
+
 def test_guest_a_card_without_a_driver_is_one_line(translated, igb):
-    assert f"{igb}: no driver for 8086:10c9" in translated.app("pcap", igb, "/tmp/none.pcap", user=NOBODY, code=2).refusal
+    refusal = translated.app("pcap", igb, "/tmp/none.pcap", user=NOBODY, code=2).refusal
+    assert f"{igb}: no driver for 8086:10c9" in refusal
 
 
 def test_guest_a_group_that_the_kernel_has_a_hand_in_is_refused(translated):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...core.errors import DmaError, IxyError, UsageError
+from ...core.errors import IxyError, UsageError
 from ...core.memory import DmaMemory, new_record, record
 from ...core.pool import ADDRESS_SHIFT
 from ...core.registers import Registers
@@ -63,23 +63,10 @@ class Ixgbe(Device):
     def _take_rings(self):
         """Memory for the rings: a (record, device address) per receive queue, and per transmit queue."""
         rings = 16 * self.ring_size * 2 * self.queues
-        self._memory = DmaMemory(rings + 128 * 2 * self.queues, self.bus.memory_needs,
-                                 self.bus.numa_node)
-        addresses = self.bus.map_dma(self._memory)
-        page = self._memory.page_size
-        rx, tx = (descriptors.ring(kind, self.ring_size) for kind in (descriptors.RX, descriptors.TX))
-
-        def take(dtype):
-            ring, iova = self._memory.take(dtype, align=dtype.itemsize)  # a power of two: never across huge pages
-            start = iova - self._memory.iova
-            address = int(addresses[start // page]) + start % page
-            pages = addresses[start // page : (start + dtype.itemsize - 1) // page + 1].astype(np.int64)
-            if (np.diff(pages) != page).any():
-                raise DmaError(f"{self.name}: a ring of {self.ring_size} descriptors is not contiguous for the device; "
-                               "choose a smaller ring size")
-            return ring, address
-
-        return [take(rx) for _ in range(self.queues)], [take(tx) for _ in range(self.queues)]
+        self._memory = DmaMemory(rings, self.bus.memory_needs, self.bus.numa_node)
+        pages = self.bus.map_dma(self._memory)
+        return tuple([self._take_ring(self._memory, pages, descriptors.ring(kind, self.ring_size))
+                      for _ in range(self.queues)] for kind in (descriptors.RX, descriptors.TX))
 
     def _registers_of(self, block, k, dtype):
         start = block + k * r.QUEUE_STRIDE

@@ -14,6 +14,7 @@ import numpy as np
 from ... import datapath, in_place
 from ...core import lifetime
 from ...core.errors import DmaError
+from ...core.integers import wrapping_sub
 from ...core.jit import kernel
 from ...core.memory import DmaMemory, new_record
 from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
@@ -24,7 +25,7 @@ from . import regs as r
 from .descriptors import LEGACY, LEGACY_DD, LEGACY_EOP, LEGACY_ERROR, ONE_BUFFER, RS
 from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS
 
-LOW48, TOO_LONG = U((1 << 48) - 1), U(0xFFFF & ~(BUFFER_SIZE - 1))
+TOO_LONG = U(0xFFFF & ~(BUFFER_SIZE - 1))
 STATE = np.dtype([*lifetime.WORDS,
                   ("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
 _BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
@@ -69,7 +70,8 @@ def rx_next(rxq, i):
 def sound(word):
     """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
     # In one comparison, of the word less 1: a length of 0 borrows from the bits above, and either way is found out.
-    return ((word & LOW48) + LOW48) & (LEGACY_DD | LEGACY_EOP | LEGACY_ERROR | TOO_LONG) == LEGACY_DD | LEGACY_EOP
+    less = wrapping_sub(word, ONE)
+    return less & (LEGACY_DD | LEGACY_EOP | LEGACY_ERROR | TOO_LONG) == LEGACY_DD | LEGACY_EOP
 
 
 @datapath.rx_broken.implement(RxQueue)

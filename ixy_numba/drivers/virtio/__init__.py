@@ -1,20 +1,25 @@
 """Virtio network devices over split virtqueues (virtio 1.1, section 5.1), on any virtio transport."""
 
 import os
+import time
 
 import numpy as np
 
-from ...bus.virtio import NETWORK, RingAddresses, VirtioTransport
-from ...bus.virtio import VENDOR as VENDOR
-from ...core.errors import DmaError, IxyError, UsageError
-from ...core.memory import DmaMemory, new_record
+from ...bus.pci import PciBus
+from ...bus.virtio import RingAddresses, VirtioTransport
+from ...core.errors import IxyError, UsageError
+from ...core.memory import DmaMemory, new_record, record
 from ...core.pool import ADDRESS_SHIFT, BUFFER_SIZE
 from ...device import Device, Statistics
-from . import descriptors, kernels
+from . import descriptors, kernels, pci
 from . import regs as r
+from .control import ALL_MULTICAST, COMMAND, PROMISCUOUS, SET_MAC, SET_PAIRS, ControlQueue
+from .control import SIZE as CONTROL_SIZE
 
-IDS = {NETWORK: "virtio network device", 0x1000: "transitional virtio network device"}
+VENDOR = 0x1AF4
+IDS = {0x1041: "virtio network device", r.TRANSITIONAL: "transitional virtio network device"}
 REFUSED = {}
+CONTROL = r.CTRL_VQ | r.CTRL_RX | r.CTRL_MAC_ADDR
 WANTED = r.MAC | r.STATUS | r.MTU | r.MRG_RXBUF | r.EVENT_IDX | r.ANY_LAYOUT | r.VERSION_1
 
 
@@ -31,7 +36,7 @@ class Virtio(Device):
     FIRST = 0  # the position at which the rings begin
 
     def _set_up(self):
-        self.rx, self.tx, self._memory, self.transport = [], [], None, None
+        self.rx, self.tx, self._memory, self.transport, self._control = [], [], None, None, None
         self._counted = Statistics()
         self.transport = _transport(self.bus)
         if self.queues > self.transport.max_queue_pairs:
@@ -39,20 +44,33 @@ class Virtio(Device):
         self._negotiate()
         config = self.transport.read_config(r.CONFIG_MAC, 6) if self.features & r.MAC else None
         self._mac = config or _random_mac()
-        layout = descriptors.ring(self.ring_size)
-        self._memory = DmaMemory(2 * self.queues * layout.itemsize, self.bus.memory_needs, self.bus.numa_node,
-                                 self.bus.shares_memory)
-        pages = self.bus.map_dma(self._memory)
-        if (np.diff(pages.astype(np.int64)) != self._memory.page_size).any():
-            raise DmaError(f"{self.name}: the rings are not contiguous for the device; choose a smaller ring size")
+        self._take_memory()
         for k in range(self.queues):
-            self.rx.append(self._receive_queue(k, layout))
-            self.tx.append(self._transmit_queue(k, layout))
+            self.rx.append(self._receive_queue(k))
+            self.tx.append(self._transmit_queue(k))
+        if self.features & r.CTRL_VQ:
+            self._control = self._control_queue()
+
+    def _take_memory(self):
+        """The rings, in DMA memory: `_rings[number]` is (record, device address); `_command` likewise."""
+        sizes = {number: self.transport.queue_size(number, self.ring_size) for number in range(2 * self.queues)}
+        control = 2 * (self.transport.max_queue_pairs if self.features & r.MQ else 1)
+        if self.features & r.CTRL_VQ:
+            sizes[control] = self.transport.queue_size(control, CONTROL_SIZE)
+        layouts = {number: descriptors.ring(size) for number, size in sizes.items()} | {"command": COMMAND}
+        total = sum(2 * layout.itemsize for layout in layouts.values())  # each is aligned to a power of two
+        self._memory = DmaMemory(total, self.bus.memory_needs, self.bus.numa_node, self.bus.shares_memory)
+        pages = self.bus.map_dma(self._memory)
+        self._rings = {number: self._take_ring(self._memory, pages, layouts[number])
+                       for number in sorted(layouts, key=lambda number: -layouts[number].itemsize)}
+        self._control_number = control
 
     def _negotiate(self):
         """Accept what is wanted of what is offered (2.2), and nothing that would change a frame on its way."""
         offered = self.transport.offered_features()
         self.features = offered & (WANTED | (r.MQ if self.queues > 1 else 0))
+        if self.transport.has_control_queue and offered & r.CTRL_VQ:
+            self.features |= offered & CONTROL
         if self.queues > 1 and not self.features & r.MQ:
             raise UsageError(f"{self.name}: {self.queues} queues: the device has one pair, it does not offer more (MQ)")
         if not self.features & (r.VERSION_1 | r.ANY_LAYOUT):
@@ -64,11 +82,18 @@ class Virtio(Device):
         short = not self.features & (r.VERSION_1 | r.MRG_RXBUF)
         self.header_size = descriptors.LEGACY_HEADER_SIZE if short else descriptors.HEADER_SIZE
 
-    def _queue(self, number, layout, state_dtype, flags):
-        """(ring, state) of a queue whose descriptor k is made available at slot k, and no buffer in it yet."""
-        ring, iova = self._memory.take(layout, align=4096)
-        state = new_record(state_dtype)
-        ring.avail = state.posted = state.slot_of = np.arange(self.ring_size)
+    def _hand_over(self, number):
+        """Tell the device about queue `number`; returns its ring and its Notifier."""
+        ring, address = self._rings[number]
+        fields = ring.dtype.fields
+        at = [address + fields[name][1] for name in ("desc", "avail_flags", "used_flags")]
+        return ring, self.transport.set_queue(number, RingAddresses(len(ring.desc), *at))
+
+    def _queue(self, number, state_dtype, flags):
+        """(ring, state, doorbell) of a queue whose descriptor k is available at slot k, and no buffer in it yet."""
+        ring = self._rings[number][0]
+        state = new_record(state_dtype(len(ring.desc)))
+        ring.avail = state.posted = state.slot_of = np.arange(len(ring.desc))
         ring.desc["flags"] = flags
         ring.desc["len"] = BUFFER_SIZE + self.header_size
         ring.avail_idx = ring.used_idx = self.FIRST & 0xFFFF
@@ -77,43 +102,59 @@ class Virtio(Device):
         # The driver polls. With EVENT_IDX there is no flag for that, only an index as far away as can be.
         ring.avail_flags = 0 if state.event_idx else descriptors.NO_INTERRUPT
         ring.used_event = (self.FIRST - 1) & 0xFFFF
-        at = {name: iova + layout.fields[name][1] for name in ("desc", "avail_flags", "used_flags")}
-        notifier = self.transport.set_queue(number, RingAddresses(self.ring_size, *at.values()))
-        state.eventfd, state.one = notifier.eventfd, 1
-        state.one_address = np.asarray(state).ctypes.data + state_dtype.fields["one"][1]
-        return ring, state
+        _, notifier = self._hand_over(number)
+        state.word, state.width = notifier.word, notifier.width
+        state.descriptor, state.offset = notifier.descriptor, notifier.offset
+        state.word_address = np.asarray(state).ctypes.data + state.dtype.fields["word"][1]
+        if notifier.register is None:
+            return ring, state, new_record(descriptors.DOORBELL)
+        return ring, state, record(notifier.register, descriptors.DOORBELL)
 
-    def _receive_queue(self, k, layout):
+    def _receive_queue(self, k):
         """Queue 2k, with a buffer of its pool at every slot."""
         pool = self.pools[k]
-        ring, state = self._queue(2 * k, layout, kernels.rx_state(self.ring_size), descriptors.DEVICE_WRITES)
-        buffers = pool.reserve(self.ring_size)
+        ring, state, doorbell = self._queue(2 * k, kernels.rx_state, descriptors.DEVICE_WRITES)
+        buffers = pool.reserve(len(ring.desc))
         state.held, state.index = buffers, self.FIRST
         state.sure = BUFFER_SIZE - bool(self.features & r.MRG_RXBUF)
         ring.desc["addr"] = (pool.view.table.word[buffers] >> ADDRESS_SHIFT) - np.uint64(self.header_size)
-        ring.avail_idx = (self.FIRST + self.ring_size) & 0xFFFF
-        return kernels.RxQueue(ring, state, pool.view)
+        ring.avail_idx = (self.FIRST + len(ring.desc)) & 0xFFFF
+        return kernels.RxQueue(ring, state, pool.view, doorbell)
 
-    def _transmit_queue(self, k, layout):
-        ring, state = self._queue(2 * k + 1, layout, kernels.tx_state(self.ring_size), 0)
+    def _transmit_queue(self, k):
+        ring, state, doorbell = self._queue(2 * k + 1, kernels.tx_state, 0)
         state.tail = state.clean = self.FIRST
-        return kernels.TxQueue(ring, state, self.pools[k].view)
+        return kernels.TxQueue(ring, state, self.pools[k].view, doorbell)
+
+    def _control_queue(self):
+        ring, notifier = self._hand_over(self._control_number)
+        return ControlQueue(self.name, ring, *self._rings["command"], notifier)
+
+    def _start(self):
+        self.transport.start()
+        if self._control and self.queues > 1:
+            self._control.send(SET_PAIRS, self.queues.to_bytes(2, "little"))
+        self._set_promiscuous(self.promiscuous)
 
     def _quiesce(self):
         return self.transport.stop() if self.transport else []
 
     def _release(self):
         held = [np.zeros(0, np.uint32)] * self.queues
-        for k, (rxq, txq) in enumerate(zip(self.rx, self.tx, strict=True)):
-            unsent = np.arange(int(txq.state.clean), int(txq.state.tail)) % self.ring_size
-            held[k] = np.concatenate([rxq.state.held, txq.state.held[unsent]])
+        for k, rxq in enumerate(self.rx):
+            held[k] = rxq.state.held
+        for k, txq in enumerate(self.tx):  # there may be fewer, if the set-up failed
+            unsent = np.arange(int(txq.state.clean), int(txq.state.tail)) % len(txq.ring.desc)
+            held[k] = np.concatenate([held[k], txq.state.held[unsent]])
+        for queue in self.rx + self.tx:
+            queue.state.descriptor = -1  # its number may be another file's from now on
         if self._memory is not None:
             self.bus.unmap_dma(self._memory)
             self._memory.close()
         return held
 
     def check(self):
-        super().check()
+        self.transport.check()
         for number, queue in enumerate(queue for pair in zip(self.rx, self.tx, strict=True) for queue in pair):
             if queue.state.broken:
                 raise IxyError(f"{self.name}: queue {number} is broken: its used index jumped to "
@@ -127,6 +168,9 @@ class Virtio(Device):
         return 10000 if up and self.transport.connected else 0
 
     def wait_for_link(self, timeout_s=10.0):
+        deadline = time.monotonic() + timeout_s
+        while not self.link_mbit and time.monotonic() < deadline:
+            time.sleep(0.01)
         return self.link_mbit
 
     @property
@@ -136,10 +180,15 @@ class Virtio(Device):
     def set_mac(self, address):
         if len(address) != 6 or address[0] & 1:
             raise UsageError(f"{self.name}: MAC address {bytes(address).hex(':')}: expected 6 bytes, no group address")
+        if self.features & r.CTRL_MAC_ADDR:
+            self._control.send(SET_MAC, address)
         self._mac = bytes(address)
 
     def _set_promiscuous(self, on):
-        """Nothing: without a control queue there is no filter to switch."""
+        """Where the device has no filter to switch, it brings frames for any address."""
+        if self.features & r.CTRL_RX:
+            self._control.send(PROMISCUOUS, [on])
+            self._control.send(ALL_MULTICAST, [on])
 
     def _read_counters(self):
         rx, tx = [queue.state for queue in self.rx], [queue.state for queue in self.tx]
@@ -162,6 +211,8 @@ def _random_mac():
 
 def _transport(bus):
     """The virtio transport behind `bus`."""
+    if isinstance(bus, PciBus):
+        return pci.transport(bus)
     if not isinstance(bus, VirtioTransport):
         raise UsageError(f"{bus.name}: a virtio device on a bus that this driver does not know")
     return bus

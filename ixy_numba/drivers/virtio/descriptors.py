@@ -5,9 +5,10 @@ import numpy as np
 U = np.uint64
 
 DESC = np.dtype([("addr", "u8"), ("len", "u4"), ("flags", "u2"), ("next", "u2")])  # 2.6.5
-DEVICE_WRITES = 2  # a descriptor's flags
+NEXT, DEVICE_WRITES = 1, 2  # a descriptor's flags
 NO_INTERRUPT = 1  # the driver's flags, 2.6.6
 NO_NOTIFY = U(1)  # the device's flags, 2.6.8
+DOORBELL = np.dtype([("queue", "u2")])  # on PCI, where queues are notified (4.1.4.4)
 
 # struct virtio_net_hdr, 5.1.6. Without offloads all of it is 0, but for num_buffers of what is received.
 HEADER_SIZE, LEGACY_HEADER_SIZE = 12, 10  # the shorter one has no num_buffers: legacy devices without MRG_RXBUF
@@ -15,10 +16,7 @@ NUM_BUFFERS_SHIFT = U(48)  # in the 8 bytes in front of the frame
 
 
 def ring(size):
-    """A virtqueue of `size` descriptors as one dtype, laid out as legacy devices want it (2.6.2).
-
-    `used_id` and `used_len` are columns of the used ring's entries.
-    """
+    """A virtqueue of `size` descriptors as one dtype, laid out as legacy devices want it (2.6.2)."""
     avail = 16 * size
     used = -(-(avail + 6 + 2 * size) // 4096) * 4096
     entry = np.dtype([("id", "u4"), ("len", "u4")])

@@ -15,8 +15,8 @@ import numpy as np
 from ... import datapath
 from ...core import lifetime
 from ...core.jit import kernel
-from ...core.libc import write_from
-from ...core.mmio import fence, likely, load_acquire, prefetch, store_release
+from ...core.libc import write_at, write_from
+from ...core.mmio import fence, likely, load_acquire, prefetch, store_doorbell, store_release
 from ...core.pool import (
     ADDRESS_SHIFT,
     BUFFER_SIZE,
@@ -41,7 +41,6 @@ LOW32, WRAP32 = U(0xFFFFFFFF), U(1 << 32)
 FRAME_MAX = U(BUFFER_SIZE)
 BLOCK = U(32)  # sent buffers are looked for once so many are on their way
 INDEX_JUMPED = 1  # state.broken: the used index moved by more than was outstanding
-EIGHT = U(8)
 BEFORE = U(HEADROOM // 8 - 1)  # the last 8 bytes of the headroom
 
 _QUEUE = [
@@ -51,7 +50,8 @@ _QUEUE = [
     ("packets", "u8"), ("bytes", "u8"),
     ("header", "u8"),  # bytes in front of each frame
     ("event_idx", "u8"),  # whether the device says by index when to notify it, and not by a flag
-    ("eventfd", "i8"), ("one", "u8"), ("one_address", "u8"),  # notification: the word 1, written to the descriptor
+    # Notification (bus.virtio.Notifier): the word and where it goes; without a file descriptor (-1), to the doorbell
+    ("word", "u8"), ("word_address", "u8"), ("width", "u8"), ("descriptor", "i8"), ("offset", "i8"),
 ]
 
 
@@ -78,12 +78,14 @@ class RxQueue(NamedTuple):
     ring: np.record
     state: np.record
     pool: PoolView
+    doorbell: np.record
 
 
 class TxQueue(NamedTuple):
     ring: np.record
     state: np.record
     pool: PoolView
+    doorbell: np.record
 
 
 # Both directions
@@ -120,8 +122,9 @@ def reorder(ring, state, position, end, used):
 
 
 @kernel(inline=True)
-def publish(ring, state, before, end):
+def publish(queue, before, end):
     """Make what is posted from position `before` to `end` available, and notify the device if it asks for it."""
+    ring, state = queue.ring, queue.state
     store_release(ring, "avail_idx", end & LOW16)
     fence()  # 2.6.13.4: the index must be out before the device's wish is read, else both sides could wait
     if state.event_idx:
@@ -130,7 +133,17 @@ def publish(ring, state, before, end):
     else:
         due = U(load_acquire(ring, "used_flags")) & NO_NOTIFY == ZERO
     if not likely(not due):
-        write_from(state.eventfd, state.one_address, EIGHT)
+        notify(state, queue.doorbell)
+
+
+@kernel
+def notify(state, doorbell):
+    if state.descriptor < 0:
+        store_doorbell(doorbell, "queue", state.word & LOW16)
+    elif state.offset < 0:
+        write_from(state.descriptor, state.word_address, state.width)
+    else:
+        write_at(state.descriptor, state.word_address, state.width, state.offset)
 
 
 @kernel(inline=True)
@@ -192,12 +205,12 @@ def skip_rest(rxq):
     size, start, i = U(len(ring.desc)), state.index, state.index
     while i < min(state.rest_end, state.ready):
         used = U(load_acquire(ring.used[i & (size - ONE)], "id"))
-        if used != state.posted[i & (size - ONE)] and not reorder(ring, state, i, start + size, used):
+        if used != U(state.posted[i & (size - ONE)]) and not reorder(ring, state, i, start + size, used):
             state.errors += ONE
             state.packets += ONE  # those and errors go together: see rx_finish
         i += ONE
     state.index = i
-    publish(ring, state, start + size, i + size)
+    publish(rxq, start + size, i + size)
 
 
 @datapath.rx_next.implement(RxQueue)
@@ -269,7 +282,7 @@ def rx_finish(rxq, i):
     start = state.index
     state.index = i
     state.packets += i - start  # broken ones too: those are counted in `errors` as well
-    publish(rxq.ring, state, start + size, i + size)
+    publish(rxq, start + size, i + size)
 
 
 # Transmit
@@ -355,4 +368,4 @@ def tx_finish(txq, tail):
     start = state.tail
     state.tail = tail
     state.packets += tail - start
-    publish(txq.ring, state, start, tail)
+    publish(txq, start, tail)
