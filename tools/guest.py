@@ -176,11 +176,10 @@ class Guest:
             words += ["-fsdev", f"local,id={tag},path={path},security_model=none{more}",
                       "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
         words += ["-device", "virtio-serial-pci"]
-        ports = {name: f"file,path={self.folder / name}" for name in ("stdout", "stderr")}
-        ports |= {name: f"socket,path={path},server=on,wait=off" for name, path in self._channels.items()}
-        for name, backend in ports.items():
-            kind, _, rest = backend.partition(",")
-            words += ["-chardev", f"{kind},id={name},{rest}", "-device", f"virtserialport,chardev={name},name={name}"]
+        ports = {name: ("file", f"path={self.folder / name}") for name in ("stdout", "stderr")}
+        ports |= {name: ("socket", f"path={path},server=on,wait=off") for name, path in self._channels.items()}
+        for name, (kind, place) in ports.items():
+            words += ["-chardev", f"{kind},id={name},{place}", "-device", f"virtserialport,chardev={name},name={name}"]
         return words + self._nics + self._devices
 
 
