@@ -13,6 +13,8 @@ import pytest
 from guest_rig import HERE, PATHS, Machine
 from guest_wire import until
 
+from ixy_numba.device import open_device
+from ixy_numba.sim.regs import NATIVE
 from tools import Refused, guest_parts
 
 HOST, GUEST, MAC = "10.99.0.1", "10.99.0.2", "02:00:00:99:00:02"
@@ -237,6 +239,30 @@ def test_linux_ixgbe_registers_are_consistent(card):
     low, high = registers["RAL00"], registers["RAH00"]
     assert (low | (high & 0xFFFF) << 32).to_bytes(6, "little").hex(":") == MAC and high >> 31
     assert registers["EIMS"] & 1 << 20  # the link's changes are interrupts
+
+
+def native(offset):
+    return NATIVE.get(offset, offset)
+
+
+def test_linux_ixgbe_writes_what_the_list_of_departures_explains(outside, card):
+    """The registers that it writes and our driver does not, and the other way round, are all in docs/deviations.md."""
+    words = (line.split() for line in outside.trace.read_text().splitlines())
+    theirs = {native(int(line[2], 16)) for line in words if len(line) == 5 and line[1] == "W"}
+    ours = set()
+    device = open_device("sim:frames=1", queues=2,
+                         trace=lambda kind, register, value: ours.add(native(register.offset)) if kind == "W" else None)
+    device.close()
+    text = (HERE.parents[1] / "docs" / "deviations.md").read_text().partition("## What Linux's driver writes")[2]
+    head, _, entries = text.partition("\n- ")
+    other_way = {int(offset, 16) for offset in re.findall(r"`([0-9A-F]{5})`", head)}
+    assert ours - theirs == other_way
+    explained = re.findall(r"`([0-9A-F]{5})`(?:–`([0-9A-F]{5})`)?", entries)
+    ranges = [(int(first, 16), int(last or first, 16)) for first, last in explained]
+    left = {offset for offset in theirs - ours if not any(first <= offset <= last for first, last in ranges)}
+    assert not left, sorted(f"{offset:05X}" for offset in left)
+    for first, last in ranges:
+        assert any(first <= offset <= last for offset in theirs - ours), f"{first:05X} is explained, but not written"
 
 
 def test_linux_ixgbe_sees_the_cable_pulled_and_plugged_in_again(outside, card):
