@@ -134,8 +134,8 @@ class Bar(ABC):
 
     array = None
 
-    def __init__(self, size):
-        self.size, self.closed = size, False
+    def __init__(self, name, size):
+        self.name, self.size, self.closed = name, size, False
 
     def read(self, offset, width):
         """The register of `width` bytes (1, 2 or 4) at `offset`, a multiple of it."""
@@ -148,10 +148,10 @@ class Bar(ABC):
 
     def _check(self, offset, width):
         if self.closed:
-            raise ClosedError("this BAR is closed; open the device again")
+            raise ClosedError(f"{self.name} is closed; open it again")
         if width not in (1, 2, 4) or offset % width or not 0 <= offset <= self.size - width:
-            raise IxyError(f"{width} bytes at {offset:#x} of a BAR of {self.size:#x} bytes: expected 1, 2 or 4 bytes, "
-                           "aligned and inside")
+            raise IxyError(f"{self.name}: {width} bytes at {offset:#x} of a BAR of {self.size:#x}: expected 1, 2 or 4 "
+                           "bytes, aligned and inside")
 
     @abstractmethod
     def _read(self, offset, width): ...
@@ -166,11 +166,11 @@ class Bar(ABC):
 class MappedBar(Bar):
     """A BAR of memory, mapped. After `close` arrays of it that are still held are plain memory."""
 
-    def __init__(self, descriptor, start, size):
-        super().__init__(size)
+    def __init__(self, name, descriptor, start, size):
+        super().__init__(name, size)
         self.array = map_file(descriptor, start, size)
-        # Each access must be one of its width: NumPy copies scalars as bytes, which may read a register twice and lose
-        # what clears on read. Elements of a memoryview are moved as a whole.
+        # Each access must be a single one of its width: many registers clear on read. CPython copies an element of a
+        # memoryview by a copy of constant size, which is one instruction; NumPy says nothing about how it copies.
         self._words = {width: memoryview(self.array).cast(code) for width, code in ((1, "B"), (2, "H"), (4, "I"))}
 
     def _read(self, offset, width):
@@ -188,21 +188,22 @@ class MappedBar(Bar):
 class FileBar(Bar):
     """A BAR behind a file, byte 0 at `start` of `descriptor`: I/O ports, or memory that cannot be mapped."""
 
-    def __init__(self, descriptor, start, size):
-        super().__init__(size)
+    def __init__(self, name, descriptor, start, size):
+        super().__init__(name, size)
         self.descriptor, self.start = descriptor, start
 
     def _read(self, offset, width):
-        with _answers():
+        with _answers(self.name):
             return int.from_bytes(os.pread(self.descriptor, width, self.start + offset), "little")
 
     def _write(self, offset, width, value):
-        with _answers():
+        with _answers(self.name):
             os.pwrite(self.descriptor, value.to_bytes(width, "little"), self.start + offset)
 
 
 @contextlib.contextmanager
-def _answers(name="a BAR"):
+def _answers(name):
+    """Where the kernel refuses an access, it has removed the device."""
     try:
         yield
     except OSError as error:

@@ -81,7 +81,7 @@ class SysfsBus(PciBus):
             return None
         descriptor = self._file(f"resource{index}")
         try:
-            return (FileBar if ports else MappedBar)(descriptor, 0, size)
+            return (FileBar if ports else MappedBar)(self.name, descriptor, 0, size)
         except OSError as error:
             raise IxyError(f"{self.name}: BAR {index} of {size:#x} bytes cannot be mapped: {error.strerror}; is the "
                            "kernel locked down (secure boot)? then use vfio-pci") from None

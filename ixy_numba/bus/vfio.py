@@ -211,8 +211,8 @@ class VfioBus(PciBus):
             return None
         if flags & VFIO_REGION_INFO_FLAG_MMAP:
             with contextlib.suppress(OSError):  # only parts may be mapped
-                return MappedBar(self._device, start, size)
-        return FileBar(self._device, start, size)
+                return MappedBar(self.name, self._device, start, size)
+        return FileBar(self.name, self._device, start, size)
 
     def map_dma(self, memory):
         self.container.map(memory)

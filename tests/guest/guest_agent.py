@@ -20,6 +20,7 @@ from ixy_numba.core.jit import cache_directory
 from tools import bind, main  # noqa: F401
 
 SHARE = "/run/guest"
+FRESH = "python -m "  # a target with this in front is started as from a shell, and imports all anew
 children = {}  # pid: exit code, once it has ended
 
 
@@ -54,6 +55,8 @@ def become(user):
 
 
 def run(target, args):
+    if target.startswith(FRESH):
+        os.execv(sys.executable, [sys.executable, "-m", target.removeprefix(FRESH), *args])
     name, _, function = target.partition(":")
     module = importlib.import_module(name)
     try:

@@ -29,12 +29,12 @@ class Cards(NamedTuple):
     wires: list[Wire]
     user: int | None
 
-    def start(self, app, *args):
-        return self.machine.start(f"ixy_numba.{app}", *args, "--json", *["--unbind"] * (self.user is None),
+    def start(self, app, *args, how=""):
+        return self.machine.start(f"{how}ixy_numba.{app}", *args, "--json", *["--unbind"] * (self.user is None),
                                   user=self.user)
 
-    def start_forwarding(self, *options):
-        process = self.start("fwd", "--no-touch", *options, *self.nics)
+    def start_forwarding(self, how=""):
+        process = self.start("fwd", "--no-touch", *self.nics, how=how)
         process.says("Mpps")
         for wire in self.wires:
             wire.clear()
@@ -73,7 +73,7 @@ def check_both_ways(cards, process, frames=FRAMES):
 
 
 def test_guest_fwd_carries_every_frame_both_ways(cards):
-    check_both_ways(cards, cards.start_forwarding())
+    check_both_ways(cards, cards.start_forwarding(how="python -m "))
 
 
 def test_guest_pktgen_sends_numbered_packets(cards):
