@@ -22,6 +22,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import NativeValue, models, overload, register_model, typeof_impl, unbox
 
 from .core.errors import ClosedError, UsageError
+from .core.integers import wrapping_sub
 from .core.jit import OPTIONS, fingerprint, kernel
 from .core.libc import yield_processor
 from .core.lifetime import CLOSED, any_closed, occupy
@@ -423,7 +424,7 @@ def _run(rxq, txq, lane, limit, route):
         if verdict == output:
             tail = tx_post(txq, tail, index, word_of(table, index) >> ADDRESS_SHIFT, length)
             index = take(table, top)
-            top -= ONE
+            top = wrapping_sub(top, ONE)  # limit <= top; below 0 `sent` would overflow
         elif verdict != DROP:
             break
         verdict = np.int64(_UNDECIDED)
