@@ -2,14 +2,12 @@
 
 import os
 import select
-import sys
 import time
 
 import numpy as np
 
 from ixy_numba import alloc_batch, open_device, tx_batch
 from ixy_numba.bus.pci import open_bus
-from ixy_numba.core.errors import IxyError
 from ixy_numba.core.memory import DmaMemory
 from ixy_numba.core.packet import resize
 from ixy_numba.core.pool import ADDRESS_SHIFT
@@ -53,18 +51,12 @@ def send_one(device):
 
 
 def send_from(address, bus_addr):
-    """Send a packet that the card is told to find at `bus_addr`, where nothing is mapped; say what comes of it."""
+    """Send a packet that the card is told to find at `bus_addr`, where nothing is mapped, and live on."""
     with open_device(address) as device:
         words = device.pool.table.word
         words[:] = words % (np.uint64(1) << ADDRESS_SHIFT) + (np.uint64(int(bus_addr, 16)) << ADDRESS_SHIFT)
         send_one(device)
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                device.check()
-            except IxyError as error:
-                print(f"error: {error}", file=sys.stderr)
-                break
-            time.sleep(0.02)
+        time.sleep(1)  # the card may take its time; QEMU's reads nothing, and says nothing of it
+        device.check()
     with open_device(address) as device:  # it was no harm to this process, nor to the card
         print(f"alive, MAC {device.mac.hex(':')}")
