@@ -212,7 +212,7 @@ class Loop(Bus, VirtioTransport, Side):
     def unmap_dma(self, memory):
         pass
 
-    def set_queue(self, number, addresses):
+    def set_queue(self, number, addresses, vector=None):
         desc, avail, used = map(self.local, (addresses.desc, addresses.avail, addresses.used))
         begin = int.from_bytes(self.bytes(addresses.used + 2, 2), "little")
         header = 12 if self.accepted & (VERSION_1 | MRG_RXBUF) else 10
