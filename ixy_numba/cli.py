@@ -91,15 +91,16 @@ def main(run, argv=None):
 
 
 def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, batch_size=32, packets=None,
-            duration_s=None, in_place=False, unbind=False, as_json=False):
+            duration_s=None, in_place=False, interrupts=False, unbind=False, as_json=False):
     """Run `handler` between the devices named by `specs` until `stop` is set or the run ends; returns the exit code."""
     with contextlib.ExitStack() as stack:
-        devices = open_devices(specs, queues=queues, ring_size=ring_size, in_place=in_place, unbind=unbind)
+        devices = open_devices(specs, queues=queues, ring_size=ring_size, in_place=in_place, interrupts=interrupts,
+                               unbind=unbind)
         for device in devices:
             stack.callback(device.close)
         report = Report(app, devices, as_json, stop, duration_s)
         with Forwarder(devices, handler, state=state, batch_size=batch_size, packets=packets,
-                       in_place=in_place) as forwarder:
+                       in_place=in_place, interrupts=interrupts) as forwarder:
             report.watch(forwarder, lambda: forwarder.finished, forwarder.check)
         forwarded, failed = forwarder.count("forwarded"), forwarder.count("failed")
         if failed:
@@ -108,7 +109,8 @@ def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, b
         mpps = rate(forwarded, report.seconds)
         cycles = forwarder.count("busy_cycles") / forwarded if forwarded else 0.0
         report.finish(f"forwarded {forwarded} packets in {report.seconds:.3f} s: {mpps:.3f} Mpps, {cycles:.1f} cycles "
-                      "a packet", batch_size=batch_size, in_place=in_place, forwarded_packets=forwarded, mpps=mpps,
+                      "a packet", batch_size=batch_size, in_place=in_place, interrupts=interrupts,
+                      sleeps=forwarder.count("sleeps"), forwarded_packets=forwarded, mpps=mpps,
                       cycles_per_packet=cycles, handler_dropped=forwarder.count("dropped"), handler_failed=failed)
     return EXIT_OK
 

@@ -16,78 +16,25 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from numba import types
-from numba.core.errors import NumbaError, TypingError
-from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.core.errors import NumbaError
 from numba.extending import NativeValue, models, overload, register_model, typeof_impl, unbox
 
+from .core.dispatch import dispatched, verb
 from .core.errors import ClosedError, UsageError
 from .core.integers import wrapping_sub
 from .core.jit import OPTIONS, fingerprint, kernel
-from .core.libc import yield_processor
 from .core.lifetime import CLOSED, any_closed, occupy
 from .core.memory import new_record
-from .core.mmio import cycles, likely, load_acquire, pause
+from .core.mmio import cycles, likely, load_acquire
 from .core.packet import packet_type, view
 from .core.pool import ADDRESS_SHIFT, BUFFER_SIZE, ONE, ZERO, U, take, word_of
+from .waiting import MAX_PORTS, WAIT, rest
 
 EMPTY = U(1 << 16)  # what rx_next says instead of a length; 16 bits of a descriptor cannot be mistaken for it
 # In every driver's transmit state: since when (in cycles) the ring has been full, noted by forward_loop, 0 again when
 # the driver takes sent buffers back; and the packets that were dropped because it did not move.
 TX_COUNTERS = [("stalled", "u8"), ("dropped", "u8")]
 STALL_LIMIT = U(1 << 33)  # cycles: some 2 to 4 seconds on x86-64
-
-
-def _dispatched(stub, choose, returns=types.Type):
-    """A function that calls the kernel which `choose(first argument, its class)` gives, on that slice of the arguments.
-
-    Works on values in plain Python, and on types while Numba compiles a caller: that fails where the kernel's result is
-    of a type that is none of `returns`.
-    """
-
-    @functools.wraps(stub)
-    def call(*args):
-        chosen, part = choose(args[0], type(args[0]))
-        return chosen(*args[part])
-
-    def at_compile_time(kinds):
-        return choose(kinds[0], getattr(kinds[0], "instance_class", None))
-
-    class Template(AbstractTemplate):
-        key = call
-
-        def generic(self, args, kws):
-            chosen, part = at_compile_time(args)
-            template, _, inner, kws = chosen.get_call_template(args[part], kws)
-            result = template(self.context).apply(inner, kws).return_type
-            return signature(result, *args) if isinstance(result, returns) else None
-
-    infer_global(call, types.Function(Template))
-
-    @lower_builtin(call, types.VarArg(types.Any))
-    def lower(context, builder, sig, args):
-        chosen, part = at_compile_time(sig.args)
-        inner = signature(sig.return_type, *sig.args[part])
-        return context.get_function(types.Dispatcher(chosen), inner)(builder, args[part])
-
-    return call
-
-
-def verb(stub):
-    """Make `stub` (a name and its contract) a verb; drivers add `@stub.implement(QueueClass)` kernels."""
-    kernels = {}
-
-    def choose(queue, queue_class):
-        if queue_class not in kernels:
-            raise TypingError(f"{stub.__name__}: expected a queue of a device as the first argument, got {queue}")
-        return kernels[queue_class], slice(None)
-
-    def implement(queue_class):
-        return lambda function: kernels.setdefault(queue_class, function)
-
-    call = _dispatched(stub, choose)
-    call.implement = implement
-    return call
 
 
 @verb
@@ -171,7 +118,6 @@ def tx_finish(txq, position):
 DROP = -1  # a verdict: the packet goes nowhere
 _FAILED, _UNDECIDED, _BROKEN, _FULL = -2, -3, -4, -5
 _WAITS = U(0xFFFFFFFF)  # no buffer's index
-MAX_PORTS = 16
 _handlers = {}
 
 
@@ -256,7 +202,7 @@ def _kernel_of(handler, _):
     return handler.kernel, slice(1, 3 if handler.takes_state else 2)
 
 
-_judge = _dispatched(_judge, _kernel_of, returns=types.Integer)
+_judge = dispatched(_judge, _kernel_of, returns=types.Integer)
 
 
 # ---- the loop
@@ -268,6 +214,7 @@ CONTROL = np.dtype([
     ("output", "i8", (MAX_PORTS,)), ("verdict", "i8", (MAX_PORTS,)),  # per arrival: last output, a verdict that waits
     ("forwarded", "u8"), ("dropped", "u8"), ("failed", "u8"), ("busy_cycles", "u8"), ("passes", "u8"),
     ("sample_length", "u8"), ("sample_port", "u8"), ("sample", "u1", (BUFFER_SIZE,)),  # the first packet that failed
+    *WAIT,
 ])
 
 
@@ -311,26 +258,15 @@ def forward_loop(rxqs, txqs, lane):
             control.busy_cycles += now - before
             idle = ZERO
         else:
-            idle = rest(idle)
+            idle = rest(rxqs, control, idle, control.forwarded + control.dropped)
     occupy(rxqs, ZERO)
     occupy(txqs, ZERO)
     if closed != ZERO:
         raise ClosedError(CLOSED)
 
 
-@kernel
-def rest(idle):
-    """After a pass in which nothing moved, the `idle`th in a row or so: wait a moment; returns the next count."""
-    if idle < SPINS:
-        pause()
-        return idle + ONE
-    yield_processor()  # there may be more loops than processors
-    return idle
-
-
 # The tuples hold queues of different types: what runs over them is unrolled when it is compiled.
 _UNROLLED = {"forceinline": True, **OPTIONS}
-SPINS = U(2000)  # idle passes before other threads get the processor
 PREFETCH = U(8)  # how many packets ahead of the handler
 FEW_PORTS = 2  # up to so many, the pass is compiled into the loop for each of them
 

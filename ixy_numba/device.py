@@ -69,8 +69,9 @@ class WhileOpen:
 class Device(ABC):
     """A network device that is up: `queues` receive and transmit queues, queue k of both on `pools[k]`.
 
-    `rx[k]` and `tx[k]` are what the verbs of `ixy_numba.datapath` take. Use it as a context manager, or `close()` it:
-    until then it stays open, even if nobody refers to it any more.
+    `rx[k]` and `tx[k]` are what the verbs of `ixy_numba.datapath` take. `events[k]` is the eventfd of the interrupts of
+    `rx[k]`, if it was opened with interrupts: one is raised once a loop asks for it (`waiting`). Use the device as a
+    context manager, or `close()` it: until then it stays open, even if nobody refers to it any more.
     """
 
     driver = "?"
@@ -79,7 +80,7 @@ class Device(ABC):
     in_place = False  # whether it sends from another device's receive rings: such a device has no pool
     MAX_QUEUES, RING_SIZES = 1, ()
 
-    def __init__(self, bus, queues, ring_size, pools, promiscuous, trace):
+    def __init__(self, bus, queues, ring_size, pools, promiscuous, trace, interrupts=False):
         self.bus, self.name, self.simulated = bus, bus.name, bus.simulated
         self.queues, self.ring_size, self.promiscuous, self.trace = queues, ring_size, promiscuous, trace
         if not 1 <= queues <= self.MAX_QUEUES:
@@ -97,6 +98,8 @@ class Device(ABC):
             for pool in self.pools:
                 pool.map(bus)
                 undo.callback(pool.unmap, bus)
+            undo.callback(bus.disable_interrupts)
+            self.events = bus.enable_interrupts(queues) if interrupts else []
             undo.callback(self._stop)
             self._set_up()
             self._start()
@@ -150,6 +153,7 @@ class Device(ABC):
         self._end_kernels(timeout_s)
         try:
             errors = self._stop()
+            self.bus.disable_interrupts()
             for pool in self.pools:
                 pool.unmap(self.bus)
             self.bus.close()
@@ -255,20 +259,22 @@ def transient_pools(queues, ring_size, buses):
     return [Pool(count, needs, True, buses[0].numa_node, shared) for _ in range(queues)]
 
 
-def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, unbind=False, trace=None):
+def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, interrupts=False, unbind=False,
+                trace=None):
     """Open what `spec` names and bring it up: a PCI address such as `0000:03:00.0`, `sim:KEY=VALUE,…` (see
     `ixy_numba.sim`), or `vhost-user:PATH` (see `ixy_numba.bus.vhost_user`).
 
     queues       receive and transmit queues (82599: 1 to 64; vhost-user: what the back-end has, up to 7)
     ring_size    descriptors a ring (a power of two; 82599: 64 to 4096, virtio: 64 to 32768)
     pools        one `Pool` a queue; devices that forward to each other share them. Default: pools of the device's own
+    interrupts   have an eventfd a receive queue, so that a loop can sleep while nothing arrives
     unbind       take a PCI device from its kernel driver, unless an interface of it is up
     trace        called as trace("R" or "W", register, value) for every register access of the set-up
     UsageError for a spec or an argument that cannot be, IxyError for a device that does not come up.
     """
     bus = open_bus(spec, unbind)
     try:
-        return _attach(bus, queues, ring_size, pools, promiscuous, trace)
+        return _attach(bus, queues, ring_size, pools, promiscuous, trace, interrupts)
     except BaseException:
         bus.close()
         raise
@@ -280,11 +286,12 @@ def _driver(bus, in_place=False):
     return find(bus, in_place)
 
 
-def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None):
-    return _driver(bus)(bus, queues, ring_size, pools, promiscuous, trace)
+def _attach(bus, queues, ring_size, pools, promiscuous=True, trace=None, interrupts=False):
+    return _driver(bus)(bus, queues, ring_size, pools, promiscuous, trace, interrupts)
 
 
-def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, unbind=False, trace=None):
+def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=True, interrupts=False, unbind=False,
+                 trace=None):
     """Open several devices that share one pool a queue, so that packets can go from each to any; see `open_device`.
 
     With `in_place`, two devices that share their rings instead, for `Forwarder(…, in_place=True)` only.
@@ -299,7 +306,7 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
             drivers.append(_driver(buses[-1], in_place))
         pools = drivers[0].new_pools(queues, ring_size, buses) if specs else None
         for driver, bus in zip(drivers, buses, strict=True):
-            opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace))
+            opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace, interrupts))
     except BaseException:
         for device in opened:
             device.close()

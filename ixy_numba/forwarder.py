@@ -1,6 +1,7 @@
 """Run a handler between devices: one thread a queue, each with its own rings, pool and state."""
 
 import copy
+import os
 import time
 
 import numpy as np
@@ -11,6 +12,9 @@ from .core.packet import Packet
 from .core.thread import KernelThread
 from .datapath import DROP, MAX_PORTS, Handler, Lane, forward_loop, new_control
 from .in_place import in_place_loop
+from .waiting import TIMEOUT_MS, prepare
+
+MAX_TIMEOUT_MS = 10_000
 
 
 class Forwarder:
@@ -20,10 +24,13 @@ class Forwarder:
     `packets` ends the run once that many are forwarded (exactly with one queue, at least with more).
     `in_place`, for two devices opened with `open_devices(…, in_place=True)`: packets are sent from where they were
     received, which is fastest, but can only go to the other port or nowhere; any other verdict is a failure.
+    `interrupts`, for devices opened with `open_devices(…, interrupts=True)`: while little or nothing arrives, the
+    threads sleep until something does, and at most `timeout_ms` at a time.
     Raises UsageError if the devices do not share their pools (`open_devices` sees to that).
     """
 
-    def __init__(self, devices, handler, *, state=None, batch_size=32, packets=None, in_place=False):
+    def __init__(self, devices, handler, *, state=None, batch_size=32, packets=None, in_place=False, interrupts=False,
+                 timeout_ms=TIMEOUT_MS):
         if not isinstance(handler, Handler):
             raise UsageError(f"{handler!r}: expected a function under the @handler decorator")
         if not 1 <= len(devices) <= MAX_PORTS:
@@ -42,6 +49,10 @@ class Forwarder:
         if any(device.in_place != in_place for device in devices) or in_place and len(devices) != 2:
             raise UsageError("to forward in place, open two devices with open_devices(…, in_place=True) and say "
                              "in_place=True here; to forward otherwise, in neither place")
+        if interrupts and not all(device.events for device in devices):
+            raise UsageError("to sleep until an interrupt, open all devices with open_devices(…, interrupts=True)")
+        if not 1 <= timeout_ms <= MAX_TIMEOUT_MS:
+            raise UsageError(f"a time-out of {timeout_ms} ms: expected 1 to {MAX_TIMEOUT_MS}")
         held = sum(device.ring_size + device.UNREPORTED for device in devices)
         for pool in () if in_place else devices[0].pools:
             if pool.usable <= held:
@@ -51,13 +62,17 @@ class Forwarder:
         queues = devices[0].queues
         self.states = [state] + [copy.deepcopy(state) for _ in range(queues - 1)]
         self.controls = [new_control(len(devices), batch_size, packets) for _ in range(queues)]
-        self._threads = [self._thread(k) for k in range(queues)]
+        self._threads = [self._thread(k, timeout_ms if interrupts else None) for k in range(queues)]
 
-    def _thread(self, k):
+    def _thread(self, k, timeout_ms):
         rxqs = tuple(device.rx[k] for device in self.devices)
         txqs = tuple(device.tx[k] for device in self.devices)
         loop = in_place_loop if self.in_place else forward_loop
-        return KernelThread(loop, rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]))
+        wake = None
+        if timeout_ms is not None:
+            wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            prepare(self.controls[k], wake, [device.events[k] for device in self.devices], timeout_ms)
+        return KernelThread(loop, rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]), wake=wake)
 
     def start(self):
         for thread in self._threads:
@@ -66,8 +81,8 @@ class Forwarder:
 
     def stop(self, timeout_s=60.0):
         """End the loops after the pass they are in, and wait for them: a loop that is being compiled, for that too."""
-        for control in self.controls:
-            control.stop = 1
+        for thread in self._threads:
+            thread.tell(1)
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.ident is not None:
@@ -108,7 +123,9 @@ class Forwarder:
         return any(bus.finite for bus in buses) and all(bus.finished for _ in range(2) for bus in buses)
 
     def count(self, name):
-        """The sum over all lanes of `forwarded`, `dropped` (by the handler), `failed`, `busy_cycles` or `passes`."""
+        """The sum over all lanes of a field of the control records: `forwarded`, `dropped` (by the handler), `failed`,
+        `busy_cycles`, `passes`, `sleeps`.
+        """
         return sum(int(control[name]) for control in self.controls)
 
     def explain_failure(self):

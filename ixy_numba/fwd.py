@@ -35,6 +35,8 @@ def arguments():
     parser.add_argument("--no-touch", dest="touch", action="store_false", help="forward packets unchanged")
     parser.add_argument("--in-place", action="store_true",
                         help="send packets from where they were received, without a pool of buffers")
+    parser.add_argument("--interrupts", action="store_true",
+                        help="sleep while little arrives, until an interrupt (PCI devices: those bound to vfio-pci)")
     return parser
 
 
@@ -45,8 +47,8 @@ def run(argv, stop):
     chosen = touch_and_forward if args.touch else forward
     return cli.forward("fwd", args.devices or ["sim:gen=line"] * 2, chosen, stop, queues=args.queues,
                        ring_size=args.ring_size, batch_size=args.batch_size, packets=args.packets,
-                       duration_s=args.duration, in_place=args.in_place, unbind=args.unbind,
-                       as_json=args.json)
+                       duration_s=args.duration, in_place=args.in_place, interrupts=args.interrupts,
+                       unbind=args.unbind, as_json=args.json)
 
 
 if __name__ == "__main__":

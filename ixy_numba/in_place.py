@@ -7,6 +7,7 @@ is received into again once it is sent. Same handlers, same `Lane` as `datapath.
 
 import numpy as np
 
+from .core.dispatch import verb
 from .core.errors import ClosedError
 from .core.jit import kernel
 from .core.lifetime import CLOSED, any_closed, occupy
@@ -18,13 +19,12 @@ from .datapath import (
     PREFETCH,
     _decide,
     _note_failure,
-    rest,
     rx_broken,
     rx_next,
     rx_prefetch,
     rx_start,
-    verb,
 )
+from .waiting import rest
 
 
 @verb
@@ -68,7 +68,7 @@ def in_place_loop(rxqs, txqs, lane):
             control.busy_cycles += now - before
             idle = ZERO
         else:
-            idle = rest(idle)
+            idle = rest(rxqs, control, idle, control.forwarded + control.dropped)
     occupy(rxqs, ZERO)
     if closed != ZERO:
         raise ClosedError(CLOSED)

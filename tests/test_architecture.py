@@ -18,20 +18,21 @@ KERNEL_LINES, KERNEL_PARAMETERS = 40, 5
 ALLOWED = {
     "core": ["core"],
     "bus": ["core", "bus"],
-    "datapath": ["core"],
-    "in_place": ["core", "datapath"],
+    "waiting": ["core"],
+    "datapath": ["core", "waiting"],
+    "in_place": ["core", "datapath", "waiting"],
     "device": ["core", "drivers"],
     "drivers.*.regs": ["core"],
     "drivers.*.descriptors": ["core"],
-    "drivers.*.kernels": ["core", "datapath", "drivers.*.descriptors", "drivers.*.regs"],
-    "drivers.*": ["core", "bus", "device", "datapath", "in_place", "drivers.*"],
+    "drivers.*.kernels": ["core", "datapath", "waiting", "drivers.*.descriptors", "drivers.*.regs"],
+    "drivers.*": ["core", "bus", "device", "datapath", "in_place", "waiting", "drivers.*"],
     "drivers": ["core"],
     "sim.__main__": ["core", "bus", "cli", "sim"],  # an app
     # A fault that the model shared with the driver would cancel itself: of the driver it sees only what is the NIC's.
     "sim": ["core", "bus", "sim", "drivers.ixgbe.regs", "drivers.ixgbe.descriptors"],
-    "forwarder": ["core", "device", "datapath", "in_place"],
+    "forwarder": ["core", "device", "datapath", "in_place", "waiting"],
     "cli": ["core", "bus", "device", "forwarder", "sim"],
-    "": ["core", "device", "datapath", "forwarder", "cli"],  # the apps, and the public names
+    "": ["core", "device", "datapath", "waiting", "forwarder", "cli"],  # the apps, and the public names
 }
 
 

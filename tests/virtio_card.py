@@ -23,11 +23,11 @@ MULTIPLIER = 4
 
 # offset: (width, name)
 LEGACY = {0: (4, "offered"), 4: (4, "accepted"), 8: (4, "page"), 12: (2, "size"), 14: (2, "select"), 16: (2, "kick"),
-          18: (1, "status"), 19: (1, "isr")}
+          18: (1, "status"), 19: (1, "isr"), 22: (2, "vector")}
 MODERN = {0: (4, "offered_half"), 4: (4, "offered"), 8: (4, "accepted_half"), 12: (4, "accepted"), 18: (2, "queues"),
-          20: (1, "status"), 21: (1, "generation"), 22: (2, "select"), 24: (2, "size"), 28: (2, "enable"),
-          30: (2, "notify_off"), **{32 + 4 * k: (4, ("desc", "avail", "used")[k // 2] + "_high" * (k % 2))
-                                    for k in range(6)}}
+          20: (1, "status"), 21: (1, "generation"), 22: (2, "select"), 24: (2, "size"), 26: (2, "vector"),
+          28: (2, "enable"), 30: (2, "notify_off"),
+          **{32 + 4 * k: (4, ("desc", "avail", "used")[k // 2] + "_high" * (k % 2)) for k in range(6)}}
 
 
 class Answered(Bar):
@@ -43,7 +43,7 @@ class Answered(Bar):
     def _read(self, offset, width):
         if self.card.gone:
             return (1 << 8 * width) - 1
-        if offset >= self.config:
+        if offset >= self.config and (width == 1 or offset not in self.table):  # vectors' registers may be there
             assert width == 1
             return self.card.config_byte(offset - self.config)
         assert self.table[offset][0] == width
@@ -78,7 +78,7 @@ class Card(PciBus, Side):
         self.offered = offered or MAC | STATUS | MRG_RXBUF | CONTROL | (
             ANY_LAYOUT if legacy else VERSION_1 | ACCESS_PLATFORM)
         self.accepted, self.status, self.select, self.log, self.registers = 0, 0xF, 0, [], {}
-        self.gone = self.stuck = self.refuses_features = self.restless = False
+        self.gone = self.stuck = self.refuses_features = self.restless = self.no_vectors = False
         self.generation = 0
         self.commands, self.answer, self._stop = [], 0, threading.Event()
         self.capability_list = [(COMMON, 4, 0x100, 0x100), (NOTIFY, 2, 0x40, 0x100), (ISR, 4, 0x300, 4),
@@ -142,6 +142,8 @@ class Card(PciBus, Side):
             return self.registers.get(("size", self.select), self.sizes) if self.select < count else 0
         if name == "notify_off":
             return self.select
+        if name == "vector":
+            return 0xFFFF if self.no_vectors else self.registers[name, self.select]
         return {"status": self.status, "generation": self.generation & 0xFF}[name]
 
     def put(self, name, value):

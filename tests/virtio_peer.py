@@ -19,7 +19,7 @@ from ixy_numba.bus import Bus
 from ixy_numba.bus.virtio import Notifier, VirtioTransport
 from ixy_numba.core.jit import kernel
 from ixy_numba.core.memory import ANY, new_record
-from ixy_numba.core.mmio import fence_acquire, fence_release
+from ixy_numba.core.mmio import fence, fence_acquire, fence_release
 from ixy_numba.core.pool import U
 from ixy_numba.core.raw import copy, load8, load16, load32, load64, store8, store16, store32
 from ixy_numba.device import _attach
@@ -41,6 +41,13 @@ def translate(memory, gpa, n):
         if memory.gpa[k] <= gpa and gpa - memory.gpa[k] + n <= memory.length[k]:
             return memory.at[k] + (gpa - memory.gpa[k])
     return U(0)
+
+
+@kernel
+def asked(address):
+    """The 16-bit word at `address`, read after everything before it was stored."""
+    fence()
+    return load16(address)
 
 
 @kernel
@@ -179,6 +186,14 @@ class Side:
     def echo(self, pair=0):
         return int(echo(self.memory, self.queues[2 * pair], self.queues[2 * pair + 1], U(self.scratch.ctypes.data)))
 
+    def wants_interrupt(self, number):
+        """Whether the driver asks for one after the last entry used (2.6.7)."""
+        queue = self.queues[number]
+        if self.accepted & EVENT_IDX:
+            wanted = int(asked(queue.avail + U(4) + U(2) * queue.slots))
+            return wanted == int(queue.used_idx) - 1 & 0xFFFF
+        return not int(asked(queue.avail)) & 1
+
     @property
     def faults(self):
         return sum(int(queue.faults) for queue in self.queues.values())
@@ -212,7 +227,7 @@ class Loop(Bus, VirtioTransport, Side):
     def unmap_dma(self, memory):
         pass
 
-    def set_queue(self, number, addresses):
+    def set_queue(self, number, addresses, vector=None):
         desc, avail, used = map(self.local, (addresses.desc, addresses.avail, addresses.used))
         begin = int.from_bytes(self.bytes(addresses.used + 2, 2), "little")
         header = 12 if self.accepted & (VERSION_1 | MRG_RXBUF) else 10
@@ -251,7 +266,7 @@ class Backend(Side):
         super().__init__()
         self.path, self.features, self.protocol, self.pairs, self.config = path, features, protocol, pairs, config
         self.override, self.log, self.values, self.enabled = override or {}, [], {}, set()
-        self._maps, self._fds, self._regions = [], [], []
+        self._maps, self._fds, self._regions, self.calls = [], [], [], {}
         self._ready, self._end = threading.Event(), threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -327,6 +342,8 @@ class Backend(Side):
                 self._ready.set()
         elif request == 11:
             return struct.pack("<II", index, int(self.queues[index]["next"]))
+        elif request == 13:
+            self.calls[index], = fds
         else:
             self.values[request] = number
         return None
@@ -348,6 +365,13 @@ class Backend(Side):
         features = self.values[2]
         self.set(index, desc=here(desc), used=here(used), avail=here(avail),
                  header=12 if features & (VERSION_1 | MRG_RXBUF) else 10, mergeable=bool(features & MRG_RXBUF))
+
+    accepted = property(lambda self: self.values[2])
+
+    def interrupt(self, number):
+        """Raise the queue's interrupt after an entry was used, if the driver asks for it."""
+        if self.wants_interrupt(number):
+            os.eventfd_write(self.calls[number], 1)
 
     def wait_ready(self, timeout_s=10):
         """Until all queues are enabled, for the first time or again."""

@@ -26,6 +26,13 @@ class Bus(ABC):
         """Write the 32-bit register at byte `offset` of BAR 0."""
         raise UsageError(f"{self.name} has no registers")
 
+    def doorbell(self, offset, writer):
+        """Where kernels store to the 32-bit register at byte `offset` of BAR 0: uint8, shape (4,).
+
+        `writer`: who does, where several threads store to one register.
+        """
+        return self.bar0[offset : offset + 4]
+
     @abstractmethod
     def map_dma(self, memory):
         """Let the device reach `memory` (a DmaMemory) and return where it sees each page: uint64, shape (pages,)."""

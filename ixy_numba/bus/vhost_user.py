@@ -140,7 +140,7 @@ class VhostUser(Bus, VirtioTransport):
 
     def __init__(self, name, path, wait_s=5.0, refused_features=0):
         self.name, self.path, self.refused = name, path, refused_features
-        self._regions, self._queues, self._features = [], {}, 0
+        self._regions, self._queues, self._events, self._features = [], {}, [], 0
         self._channel = self._watcher = self._failure = None
         self._stopping, self.reconnects = threading.Event(), 0
         deadline = time.monotonic() + wait_s
@@ -171,10 +171,14 @@ class VhostUser(Bus, VirtioTransport):
     def connected(self):
         return self._channel is not None
 
-    def set_queue(self, number, addresses):
-        kick, call = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
-        self._queues[number] = addresses, kick, call
+    def set_queue(self, number, addresses, vector=None):
+        kick = _eventfd()
+        self._queues[number] = addresses, kick, _eventfd() if vector is None else self._events[vector]
         return Notifier(kick)
+
+    def enable_interrupts(self, vectors):
+        self._events = [_eventfd() for _ in range(vectors)]
+        return self._events
 
     def map_dma(self, memory):
         self._regions.append(memory)
@@ -219,10 +223,9 @@ class VhostUser(Bus, VirtioTransport):
         if self._channel:
             self._channel.close()
             self._channel = None
-        for _, kick, call in self._queues.values():
-            os.close(kick)
-            os.close(call)
-        self._queues = {}
+        for descriptor in {*self._events, *(end for _, kick, call in self._queues.values() for end in (kick, call))}:
+            os.close(descriptor)
+        self._queues, self._events = {}, []
 
     # The protocol
 
@@ -319,6 +322,10 @@ class VhostUser(Bus, VirtioTransport):
         else:
             self._channel = channel
             self.reconnects += 1
+
+
+def _eventfd():
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
 def _read_config(channel):

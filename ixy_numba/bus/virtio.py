@@ -77,8 +77,11 @@ class VirtioTransport(ABC):
         return wanted
 
     @abstractmethod
-    def set_queue(self, number, addresses):
-        """Tell where queue `number` lies (RingAddresses, inside of mapped memory); returns its Notifier."""
+    def set_queue(self, number, addresses, vector=None):
+        """Tell where queue `number` lies (RingAddresses, inside of mapped memory); returns its Notifier.
+
+        `vector`: the one of `Bus.enable_interrupts` that the device is to raise for it.
+        """
 
     @abstractmethod
     def start(self):

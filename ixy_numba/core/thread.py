@@ -1,8 +1,10 @@
 """A kernel in a thread of its own: it holds no GIL there, and the main thread stays free for Ctrl-C."""
 
 import contextlib
+import os
 import threading
 import time
+import weakref
 
 import numpy as np
 from numba.core.dispatcher import Dispatcher
@@ -17,14 +19,25 @@ class KernelThread(threading.Thread):
     """Runs `kernel(*args)` once started.
 
     Attributes: `began` and `ended`, time.monotonic() around the run, without the time to compile or load it (None
-    before); `error`, what it raised, a KernelError where a check stopped it. It is a daemon: set the kernel's stop word
-    and join it. Closing a device, a pool or memory that it works on does that: see `stop_kernels`.
+    before); `error`, what it raised, a KernelError where a check stopped it. It is a daemon: `tell` it to stop and join
+    it. Closing a device, a pool or memory that it works on does that: see `stop_kernels`. `wake`: an eventfd that ends
+    the kernel's sleep, and is the thread's from now on.
     """
 
-    def __init__(self, kernel, *args):
+    def __init__(self, kernel, *args, wake=None):
         super().__init__(name=kernel.__name__, daemon=True)
-        self.kernel, self.args = kernel, args
+        self.kernel, self.args, self._wake, self._lock = kernel, args, wake, threading.Lock()
         self.began = self.ended = self.error = None
+        self._close_wake = None if wake is None else weakref.finalize(self, os.close, wake)
+
+    def tell(self, stop):
+        """Set the kernel's stop words to `stop`, and wake it."""
+        for record in self.records():
+            if "stop" in record.dtype.names:
+                record.stop = stop
+        with self._lock:
+            if self._close_wake is not None and self._close_wake.alive:
+                os.eventfd_write(self._wake, 1)
 
     def run(self):
         try:
@@ -43,6 +56,9 @@ class KernelThread(threading.Thread):
             for record in self.records():  # a kernel that ended by an error keeps no queue
                 if "busy" in record.dtype.names:
                     record.busy = 0
+            with self._lock:
+                if self._close_wake is not None:
+                    self._close_wake()
 
     def records(self):
         """All records among the arguments, however deep in tuples."""
@@ -54,16 +70,14 @@ class KernelThread(threading.Thread):
 
 
 def stop_kernels(uses, timeout_s):
-    """End every KernelThread with a record in its arguments for which `uses(record)`: set its stop words, wait for it.
+    """End every KernelThread with a record in its arguments for which `uses(record)`: tell it to stop, wait for it.
 
     IxyError if one has not ended after `timeout_s` seconds; one that is still being compiled ends after that.
     """
     threads = [thread for thread in threading.enumerate() if isinstance(thread, KernelThread)
                and thread is not threading.current_thread() and any(map(uses, thread.records()))]
     for thread in threads:
-        for record in thread.records():
-            if "stop" in record.dtype.names:
-                record.stop = AT_ONCE
+        thread.tell(AT_ONCE)
     deadline = time.monotonic() + timeout_s
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))

@@ -13,6 +13,7 @@ from ..core.errors import IxyError
 from ..core.memory import ANY
 from .cable import Cable, open_tap
 from .engine import ENGINE
+from .events import Events
 from .model import Model
 from .spec import Spec, parse
 from .state import BATCH, CAPTURE, FILE, GENERATOR, INBOX, LINK, SCRATCH_SIZE, TAP, UNPLUGGED, U
@@ -37,7 +38,7 @@ class SimBus(Bus):
         self.model = Model(mac, self.device, 1e9 if manual else ENGINE.cycles_per_second)
         self.bar0 = self.model.bar0
         self._lock, self._failure, self._closed, self._started = threading.Lock(), None, False, False
-        self._capture = self._writer = self._tap = self._cable = None
+        self._capture = self._writer = self._tap = self._cable = self._events = None
         self._now_ns, self._epoch_ns = 0, time.time_ns()
         try:
             self._connect_source()
@@ -53,6 +54,21 @@ class SimBus(Bus):
 
     def write32(self, offset, value):
         self.model.write(offset, value)
+
+    def doorbell(self, offset, writer):
+        return self.model.doorbell(offset, writer)
+
+    def enable_interrupts(self, vectors):
+        self.disable_interrupts()
+        self._events = Events(vectors)
+        self.model.connect(self._events, self._events.files)
+        return self._events.files
+
+    def disable_interrupts(self):
+        if self._events:
+            self.model.connect(None)
+            self._events.close()
+            self._events = None
 
     def map_dma(self, memory):
         self.model.map(memory.iova, memory.size, memory.virtual_address)
@@ -80,6 +96,7 @@ class SimBus(Bus):
             return
         self._closed = True
         ENGINE.stop(self.model.slot)
+        self.disable_interrupts()
         with self._lock, self.model.held() as state:
             state.source = state.sink = 0
         if self._cable:

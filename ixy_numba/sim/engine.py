@@ -15,6 +15,7 @@ from ..core.libc import sleep_us
 from ..core.memory import new_record
 from ..core.mmio import cycles, fence, load_acquire, pause, store_release
 from ..core.raw import load32
+from .events import raise_events
 from .receive import receive
 from .state import BATCH, DEVICE, MAX_DEVICES, ONE, ZERO, U, enter, leave
 from .transmit import transmit
@@ -47,6 +48,8 @@ def visit(device, now, time_ns, budget):
             queue = device.tx[device.tx_enabled[k]]
             if queue.enabled:
                 work += transmit(device, queue, now, time_ns, budget)
+    if device.direct:
+        raise_events(device, now)
     if device.happened & device.armed or now >= device.alarm:
         device.attention = ONE
     return work

@@ -7,7 +7,6 @@ from ..drivers.ixgbe import regs as r
 from . import regs as m
 
 NEVER = (1 << 64) - 1
-VECTORS = 64
 RTXQ, OTHER = 0xFFFF, 0x7FFF0000  # EICR's halves: causes of the queues, all others
 LINK_CHANGE = 1 << 20  # LSC in EICR and its masks
 MODERATION_S = 2e-6  # the unit of EITR.INTERVAL
@@ -20,20 +19,28 @@ def ones(word):
         word &= word - 1
 
 
+def _word(name):
+    """An attribute that is a word of the device's state."""
+    return property(lambda self: int(self._state[name]), lambda self, value: self._state.__setitem__(name, value))
+
+
 class Interrupts:
     """What `model` raises. `port.message(vector)` sends an MSI-X message (or MSI as number 0), `port.level(on)`
     drives the INTx pin; without a port nothing is raised, causes and masks work all the same.
 
     Queue causes are one 64-bit word: bits 15:0 are EICR's, and with GPIE.MULTIPLE_MSIX bit n is that of vector n. The
     engine adds to `state.happened`; it asks for `deliver` when something in `state.armed` happens, or at `state.alarm`.
+    With `state.direct` vectors it sends the messages of queues itself: see `events`.
     """
+
+    _queue_causes, _queue_mask, _queue_sent = _word("causes"), _word("mask"), _word("sent")
 
     def __init__(self, model):
         self._model, self._state = model, model.state
         self.port = None
-        self._queue_causes = self._queue_mask = self._queue_sent = 0
         self._other_causes = self._other_mask = self._other_sent = 0
-        self._next = [0] * VECTORS  # when a vector may fire again
+        self._next = self._state.next
+        self._state.moderation = round(MODERATION_S * model.per_second)
         model.on_read(r.EICR, self._read_causes)
         model.on_read(m.EICS, self._causes)  # the same, cleared by nothing
         model.on_read(m.EIMS, lambda: self._queue_mask & RTXQ | self._other_mask)
@@ -42,12 +49,12 @@ class Interrupts:
         model.on_write(m.EIMS, self._set_mask)
         model.on_write(r.EIMC, self._clear_mask)
         for k in range(2):
-            model.on_read(m.EIMS_EX[k], lambda k=k: self._queue_mask >> 32 * k & ALL_ONES)
+            model.on_read(r.EIMS_EX[k], lambda k=k: self._queue_mask >> 32 * k & ALL_ONES)
             model.on_write(m.EICS_EX[k], partial(self._set_vectors, k))
-            model.on_write(m.EIMS_EX[k], partial(self._set_vector_mask, k))
-            model.on_write(m.EIMC_EX[k], partial(self._clear_vector_mask, k))
-        model.after_write(m.GPIE, lambda index: self.deliver())
-        model.after_write(m.IVAR, self._latch_allocation)
+            model.on_write(r.EIMS_EX[k], partial(self._set_vector_mask, k))
+            model.on_write(r.EIMC_EX[k], partial(self._clear_vector_mask, k))
+        model.after_write(r.GPIE, lambda index: self.deliver())
+        model.after_write(r.IVAR, self._latch_allocation)
 
     def reset(self):
         self._queue_causes = self._queue_mask = self._queue_sent = 0
@@ -66,7 +73,7 @@ class Interrupts:
     # EICR, EICS, EIMS, EIMC and their extensions to 64 vectors
 
     def _multiple(self):
-        return self._model.get(m.GPIE) & m.GPIE.MULTIPLE_MSIX
+        return self._model.get(r.GPIE) & r.GPIE.MULTIPLE_MSIX
 
     def _collect(self):
         self._queue_causes |= int(self._state.happened)
@@ -80,7 +87,7 @@ class Interrupts:
     def _read_causes(self):
         with self._model.held():
             value = self._causes()
-            kept = RTXQ if self._model.get(m.GPIE) & m.GPIE.OCD else 0
+            kept = RTXQ if self._model.get(r.GPIE) & r.GPIE.OCD else 0
             self._clear_causes(ALL_ONES & ~kept)
             return value
 
@@ -88,7 +95,7 @@ class Interrupts:
         self._collect()
         self._queue_causes &= ~(value & RTXQ)
         self._other_causes &= ~value
-        if not self._model.get(m.GPIE) & m.GPIE.EIAME:
+        if not self._model.get(r.GPIE) & r.GPIE.EIAME:
             self._auto_mask(RTXQ, OTHER)
         self.deliver()
 
@@ -121,13 +128,13 @@ class Interrupts:
 
     def _auto_mask(self, queue_bits, other_bits):
         """Mask what EIAM says of these causes; EIAM and EIAM_EX[0] share bits 15:0."""
-        eiam, low, high = (self._model.get(one) for one in (m.EIAM, m.EIAM_EX[0], m.EIAM_EX[1]))
+        eiam, low, high = (self._model.get(one) for one in (m.EIAM, r.EIAM_EX[0], r.EIAM_EX[1]))
         self._queue_mask &= ~(queue_bits & (eiam & RTXQ | low | high << 32))
         self._other_mask &= ~(other_bits & eiam)
 
     def _latch_allocation(self, index):
         """IVAR: 8 bits for each of two queues' receive and transmit cause: valid, and the vector or bit of EICR."""
-        value = self._model.get(m.IVAR[index])
+        value = self._model.get(r.IVAR[index])
         for k, direction in ((0, "rx"), (1, "tx"), (2, "rx"), (3, "tx")):
             entry = value >> 8 * k & 0xFF
             queue = getattr(self._state, direction)[2 * index + k // 2]
@@ -145,7 +152,8 @@ class Interrupts:
             multiple = self._multiple()
             if self.port:
                 (self._send_vectors if multiple else self._send_one)()
-                self._state.armed = self._queue_mask & ~self._queue_causes & (NEVER if multiple else RTXQ)
+                waiting = self._queue_mask & ~self._queue_causes & (NEVER if multiple else RTXQ)
+                self._state.armed = 0 if multiple and self._state.direct else waiting
 
     def _forget(self):
         """Causes that are gone or masked are not sent any more."""
@@ -179,19 +187,18 @@ class Interrupts:
         self._queue_sent |= queues
         self._other_sent |= others
         if self._multiple():
-            cleared = self._model.get(m.EIAC)
+            cleared = self._model.get(r.EIAC)
             self._queue_causes &= ~(queues & (cleared & RTXQ | ~RTXQ))  # beyond EICR there is nothing to read or clear
             self._other_causes &= ~(others & cleared)
-        if self._model.get(m.GPIE) & m.GPIE.EIAME:
+        if self._model.get(r.GPIE) & r.GPIE.EIAME:
             self._auto_mask(queues, others)
 
     def _may_fire(self, vector):
         """Whether the vector's EITR lets it fire now; if not, the engine calls again when it does."""
-        register = m.EITR[vector] if vector < m.EITR.count else m.EITR_UPPER[vector - m.EITR.count]
+        register = r.EITR[vector] if vector < r.EITR.count else r.EITR_UPPER[vector - r.EITR.count]
         now = int(self._state.now)
         if now < self._next[vector]:
-            self._state.alarm = min(int(self._state.alarm), self._next[vector])
+            self._state.alarm = min(int(self._state.alarm), int(self._next[vector]))
             return False
-        interval = m.EITR.INTERVAL.get(self._model.get(register)) * MODERATION_S
-        self._next[vector] = now + round(interval * self._model.per_second)
+        self._next[vector] = now + r.EITR.INTERVAL.get(self._model.get(register)) * int(self._state.moderation)
         return True

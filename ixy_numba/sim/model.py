@@ -241,11 +241,26 @@ class Model:
     def _set_links(self):
         self.set(r.LINKS, (r.LINKS.UP if self._link else 0) | r.LINKS.SPEED.of(3))
 
-    def connect(self, port):
-        """Interrupts go out by `port` from now on (see `Interrupts`); None: nowhere."""
-        with self.held():
+    def connect(self, port, events=()):
+        """Interrupts go out by `port` from now on (see `Interrupts`); None: nowhere.
+
+        With `events`, the eventfds behind the port's first vectors, the engine writes those itself.
+        """
+        with self.held() as state:
             self.interrupts.port = port
+            state.direct = len(events)
+            state.event[: len(events)] = events
+            state.unmask[:] = 0
             self.interrupts.deliver()
+
+    def doorbell(self, offset, writer):
+        """Where kernels store to a register past `write`, as uint8 of shape (4,).
+
+        Writing EIMS_EX sets bits, and stores of several threads must not undo each other: each `writer` has a word.
+        """
+        if offset in (one.offset for one in r.EIMS_EX.each()):
+            return np.asarray(self.state.unmask)[writer : writer + 1].view(np.uint8)
+        return self.bar0[offset : offset + 4]
 
     def set_mastering(self, on):
         """PCI's bus master enable: no DMA and no messages without it."""

@@ -7,20 +7,12 @@ from ..drivers.ixgbe.regs import counter
 RX_QUEUES = TX_QUEUES = 128
 STATISTICS_QUEUES = 16
 
-# Interrupts, 8.2.3.5: causes and masks (set here, cleared there), moderation, which cause goes to which vector
+# Interrupts, 8.2.3.5: causes that software sets, masks of the first vectors and of other causes
 EICS = reg(0x00808, at="8.2.3.5")
-EIAC = reg(0x00810, at="8.2.3.5")
-EITR = reg(0x00820, count=24, at="8.2.3.5", INTERVAL=bits(11, 3), CNT_WDIS=bit(31))
-EITR_UPPER = reg(0x12300, count=105, at="8.2.3.5")
 EIMS = reg(0x00880, at="8.2.3.5")
 EIAM = reg(0x00890, at="8.2.3.5")
-GPIE = reg(0x00898, at="8.2.3.5", MULTIPLE_MSIX=bit(4), OCD=bit(5), EIAME=bit(30), PBA_SUPPORT=bit(31))
-IVAR = reg(0x00900, count=64, at="8.2.3.5")
 IVAR_MISC = reg(0x00A00, at="8.2.3.5", OTHER=bits(13, 8), OTHER_VALID=bit(15))
 EICS_EX = reg(0x00A90, mode=Mode.WO, count=2, at="8.2.3.5")
-EIMS_EX = reg(0x00AA0, count=2, at="8.2.3.5")
-EIMC_EX = reg(0x00AB0, mode=Mode.WO, count=2, at="8.2.3.5")
-EIAM_EX = reg(0x00AD0, count=2, at="8.2.3.5")
 
 # Pins, I2C and MDIO: 8.2.3.1 and 8.2.3.22
 ESDP = reg(0x00020, at="8.2.3.1", SDP2=bit(2))

@@ -12,6 +12,7 @@ MAX_DEVICES = 64  # in one process
 QUEUES = 128  # of each direction
 COUNTER_SETS = 16  # per-queue statistics
 MAX_MAPPINGS = 1024
+VECTORS = 64
 TEMPLATE_SIZE = 1536
 SCRATCH_SIZE = 16384  # the longest frame of a device
 TX_SCRATCH_SIZE = (1 << 18) + 1024  # what transmit descriptors may add up to: TSO's 18-bit payload and its headers
@@ -73,6 +74,10 @@ DEVICE = np.dtype([
     *_words("watched"),  # somebody maps the queues' registers: changes of RXDCTL and TXDCTL have to be looked for
     # interrupts: queue causes since last asked, those that Python wants to hear of at once, when else it does
     *_words("happened", "armed", "alarm", "now"),
+    *_words("causes", "mask", "sent"),  # of the queues: one bit a vector
+    ("next", "u8", (VECTORS,)),  # when a vector may fire again
+    # vectors that are eventfds of this process, which the engine writes itself; where kernels unmask them
+    *_words("direct"), ("event", "i8", (VECTORS,)), ("unmask", "u4", (VECTORS,)), *_words("moderation"),
     *_words("store_bad", "all_unicast", "all_multicast", "broadcast", "multicast_shift", "multicast_on"),
     *_words("rss", "fifo_bytes", "rx_queues", "tx_queues"),
     ("rx_enabled", "u1", (QUEUES,)), ("tx_enabled", "u1", (QUEUES,)),  # queue numbers, the first rx_queues of them

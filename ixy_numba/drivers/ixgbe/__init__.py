@@ -52,6 +52,8 @@ class Ixgbe(Device):
         setup.clear_counters(regs)
         setup.init_receive(regs, [(iova, self.ring_size) for _, iova in rx_rings], self.RX_DESCRIPTORS)
         setup.init_transmit(regs, [(iova, self.ring_size) for _, iova in tx_rings])
+        if self.events:
+            setup.init_interrupts(regs, self.queues)
         for k in range(self.queues):
             self.rx.append(self._receive_queue(k, rx_rings[k][0]))
             self.tx.append(self._transmit_queue(k, tx_rings[k][0]))
@@ -78,7 +80,13 @@ class Ixgbe(Device):
         buffers = pool.reserve(self.ring_size)
         state.held = buffers
         ring.desc["addr"] = pool.view.table.word[buffers] >> ADDRESS_SHIFT
-        return kernels.RxQueue(ring, state, self._registers_of(r.RX_QUEUE, k, kernels.RX_REGISTERS), pool.view)
+        regs = self._registers_of(r.RX_QUEUE, k, kernels.RX_REGISTERS)
+        return kernels.RxQueue(ring, state, regs, pool.view, self._mask_of(k, state))
+
+    def _mask_of(self, k, state):
+        """Where the vector of queue `k` is unmasked, by writing `state.vector`."""
+        state.vector = 1 << k % 32
+        return record(self.bus.doorbell(r.EIMS_EX[k // 32].offset, k), kernels.MASK)
 
     def _transmit_queue(self, k, ring):
         state = new_record(kernels.tx_state(self.ring_size))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import datapath, in_place
+from ... import datapath, in_place, waiting
 from ...core import lifetime
 from ...core.errors import DmaError
 from ...core.integers import wrapping_sub
@@ -23,11 +23,12 @@ from ...core.pool import BUFFER_SIZE, BUFFER_STRIDE, LENGTH_MASK, ONE, ZERO, U
 from . import Ixgbe, setup
 from . import regs as r
 from .descriptors import LEGACY, LEGACY_DD, LEGACY_EOP, LEGACY_ERROR, ONE_BUFFER, RS
-from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS
+from .kernels import BLOCK, RX_REGISTERS, TX_REGISTERS, rx_disarm
 
 TOO_LONG = U(0xFFFF & ~(BUFFER_SIZE - 1))
 STATE = np.dtype([*lifetime.WORDS,
-                  ("index", "u8"), ("recycled", "u8"), ("errors", "u8")])  # next descriptor; the head last acted on
+                  ("index", "u8"), ("recycled", "u8"), ("errors", "u8"),  # next descriptor; the head last acted on
+                  ("vector", "u8")])  # its bit in EIMS
 _BUFFER = np.dtype([("octets", "u1", (BUFFER_STRIDE,))])
 
 
@@ -45,6 +46,7 @@ class RxQueue(NamedTuple):
     line: np.record
     state: np.record
     regs: np.record
+    mask: np.record
 
 
 class TxQueue(NamedTuple):
@@ -127,6 +129,18 @@ def recycle(rxq, txq):
         store_doorbell(rxq.regs, "RDT", (head + mask) & mask)  # tail == head would mean "no descriptors"
 
 
+@waiting.rx_arm.implement(RxQueue)
+@kernel
+def rx_arm(rxq):
+    store_doorbell(rxq.mask, "EIMS", rxq.state.vector)
+    i, head = rx_start(rxq), load_acquire(rxq.line, "head") & U(len(rxq.line.desc) - 1)
+    # While something waits to be sent, there may be no descriptor left to receive into.
+    return load_acquire(rxq.line.desc[i], "word") & LEGACY_DD != ZERO or head != i
+
+
+waiting.rx_disarm.implement(RxQueue)(rx_disarm)
+
+
 class Lines:
     """The memory of one queue of both devices, one line each way. Stands where other devices have a pool."""
 
@@ -193,7 +207,8 @@ class InPlaceIxgbe(Ixgbe):
         return ([(lines.records[port], lines.addresses[port]) for lines in self.pools] for port in (here, 1 - here))
 
     def _receive_queue(self, k, ring):
-        return RxQueue(ring, new_record(STATE), self._registers_of(r.RX_QUEUE, k, RX_REGISTERS))
+        state = new_record(STATE)
+        return RxQueue(ring, state, self._registers_of(r.RX_QUEUE, k, RX_REGISTERS), self._mask_of(k, state))
 
     def _transmit_queue(self, k, ring):
         lines = self.pools[k]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import datapath
+from ... import datapath, waiting
 from ...core import lifetime
 from ...core.integers import wrapping_sub
 from ...core.jit import kernel
@@ -33,11 +33,12 @@ BLOCK = U(32)  # transmit descriptors that complete together: only the last of e
 # The registers of one queue, mapped from BAR 0: kernels only ever write the tail.
 RX_REGISTERS = np.dtype({"names": ["RDT"], "formats": ["u4"], "offsets": [0x18], "itemsize": 0x40})
 TX_REGISTERS = np.dtype({"names": ["TDT"], "formats": ["u4"], "offsets": [0x18], "itemsize": 0x40})
+MASK = np.dtype([("EIMS", "u4")])  # the one that its vector is unmasked in
 
 
 def rx_state(size):
-    """Software's side of a receive ring: the next descriptor, and which buffer lies in each."""
-    return np.dtype([*lifetime.WORDS, ("index", "u8"), ("errors", "u8"), ("held", "u4", (size,))])
+    """Software's side of a receive ring: the next descriptor, its vector's bit in EIMS, the buffer in each."""
+    return np.dtype([*lifetime.WORDS, ("index", "u8"), ("errors", "u8"), ("vector", "u8"), ("held", "u4", (size,))])
 
 
 def tx_state(size):
@@ -51,6 +52,7 @@ class RxQueue(NamedTuple):
     state: np.record
     regs: np.record
     pool: PoolView
+    mask: np.record
 
 
 class TxQueue(NamedTuple):
@@ -237,3 +239,20 @@ def tx_finish(txq, tail):
         block = (block + BLOCK) & mask
     txq.state.tail = tail
     store_doorbell(txq.regs, "TDT", tail)
+
+
+# Interrupts: section 7.3. A vector is armed by unmasking it, and masks itself when it fires (EIAM).
+
+
+@waiting.rx_arm.implement(RxQueue)
+@kernel
+def rx_arm(rxq):
+    # What arrives before the store has got to the device is a cause that waits there: no need to be in time.
+    store_doorbell(rxq.mask, "EIMS", rxq.state.vector)
+    return load_acquire(rxq.ring.desc[rx_start(rxq)], "done") & DD != ZERO
+
+
+@waiting.rx_disarm.implement(RxQueue)
+@kernel
+def rx_disarm(rxq):
+    """One that has not fired may do so once, while nobody sleeps."""

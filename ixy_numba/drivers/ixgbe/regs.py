@@ -21,6 +21,14 @@ EERD = reg(0x10014, at="8.2.3.2.2", START=bit(0), DONE=bit(1), ADDR=bits(15, 2),
 # Interrupts
 EICR = reg(0x00800, at="8.2.3.5.1", mode=Mode.RC)
 EIMC = reg(0x00888, at="8.2.3.5.4", mode=Mode.WO)
+EIAC = reg(0x00810, at="8.2.3.5.5")
+EIMS_EX = reg(0x00AA0, count=2, at="8.2.3.5.8")  # vectors 0 to 31, 32 to 63
+EIMC_EX = reg(0x00AB0, mode=Mode.WO, count=2, at="8.2.3.5.9")
+EIAM_EX = reg(0x00AD0, count=2, at="8.2.3.5")
+EITR = reg(0x00820, count=24, at="8.2.3.5.12", INTERVAL=bits(11, 3), CNT_WDIS=bit(31))
+EITR_UPPER = reg(0x12300, count=105, at="8.2.3.5.12")  # from vector 24 on
+IVAR = reg(0x00900, count=64, at="8.2.3.5.16")
+GPIE = reg(0x00898, at="8.2.3.5.18", MULTIPLE_MSIX=bit(4), OCD=bit(5), EIAME=bit(30), PBA_SUPPORT=bit(31))
 
 # Receive: filters
 FCTRL = reg(0x05080, at="8.2.3.7.1", SBP=bit(1), MPE=bit(8), UPE=bit(9), BAM=bit(10))

@@ -10,11 +10,15 @@ from . import regs as r
 RSS_KEY = bytes.fromhex("6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa")
 RSS_QUEUES = 16  # a redirection table entry has 4 bits
 LEGACY, ADVANCED = 0, 1  # SRRCTL.DESCTYPE, 8.2.3.8.7
+THROTTLE_US = 20  # between two interrupts of a queue
+IVAR_VALID = 0x80  # in each of IVAR's four entries, 8.2.3.5.16
 
 
 def disable_interrupts(regs):
     """4.6.3.1: mask all interrupts."""
     regs.write(r.EIMC, 0x7FFFFFFF)
+    for register in r.EIMC_EX.each():
+        regs.write(register, 0xFFFFFFFF)
 
 
 def reset(regs):
@@ -86,6 +90,22 @@ def init_rss(regs, queues):
         regs.write(r.RETA[k], sum((4 * k + j) % spread << 8 * j for j in range(4)))
     hashed = r.MRQC.IPV4 | r.MRQC.IPV6 | r.MRQC.TCP_IPV4 | r.MRQC.TCP_IPV6 | r.MRQC.UDP_IPV4 | r.MRQC.UDP_IPV6
     regs.write(r.MRQC, r.MRQC.MODE.of(1) | hashed)
+
+
+def init_interrupts(regs, queues):
+    """4.6.6: receive queue k raises vector k, once: its message clears the cause and masks the vector again."""
+    regs.write(r.GPIE, r.GPIE.MULTIPLE_MSIX | r.GPIE.OCD | r.GPIE.EIAME | r.GPIE.PBA_SUPPORT)
+    for pair in range((queues + 1) // 2):
+        allocation = 0
+        for k in range(2 * pair, min(2 * pair + 2, queues)):
+            allocation |= (IVAR_VALID | k) << 16 * (k % 2)
+        regs.write(r.IVAR[pair], allocation)
+    regs.write(r.EIAC, 0xFFFF)  # of the first 16 vectors; the others have no cause bit to be cleared
+    for k, register in enumerate(r.EIAM_EX.each()):
+        regs.write(register, (1 << queues) - 1 >> 32 * k & 0xFFFFFFFF)
+    for k in range(queues):
+        register = r.EITR[k] if k < r.EITR.count else r.EITR_UPPER[k - r.EITR.count]
+        regs.write(register, r.EITR.INTERVAL.of(THROTTLE_US // 2))  # of 2 us
 
 
 def init_transmit(regs, queues):
@@ -166,6 +186,7 @@ def quiesce(regs, rx_queues, tx_queues):
         except IxyError as error:
             errors.append(error)
 
+    attempt(disable_interrupts, regs)
     attempt(regs.clear, r.RXCTRL, r.RXCTRL.RXEN)
     for count, control in ((rx_queues, r.RXDCTL), (tx_queues, r.TXDCTL)):
         for k in range(count):

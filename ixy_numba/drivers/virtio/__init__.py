@@ -82,14 +82,14 @@ class Virtio(Device):
         short = not self.features & (r.VERSION_1 | r.MRG_RXBUF)
         self.header_size = descriptors.LEGACY_HEADER_SIZE if short else descriptors.HEADER_SIZE
 
-    def _hand_over(self, number):
+    def _hand_over(self, number, vector=None):
         """Tell the device about queue `number`; returns its ring and its Notifier."""
         ring, address = self._rings[number]
         fields = ring.dtype.fields
         at = [address + fields[name][1] for name in ("desc", "avail_flags", "used_flags")]
-        return ring, self.transport.set_queue(number, RingAddresses(len(ring.desc), *at))
+        return ring, self.transport.set_queue(number, RingAddresses(len(ring.desc), *at), vector)
 
-    def _queue(self, number, state_dtype, flags):
+    def _queue(self, number, state_dtype, flags, vector=None):
         """(ring, state, doorbell) of a queue whose descriptor k is available at slot k, and no buffer in it yet."""
         ring = self._rings[number][0]
         state = new_record(state_dtype(len(ring.desc)))
@@ -102,7 +102,7 @@ class Virtio(Device):
         # The driver polls. With EVENT_IDX there is no flag for that, only an index as far away as can be.
         ring.avail_flags = 0 if state.event_idx else descriptors.NO_INTERRUPT
         ring.used_event = (self.FIRST - 1) & 0xFFFF
-        _, notifier = self._hand_over(number)
+        _, notifier = self._hand_over(number, vector)
         state.word, state.width = notifier.word, notifier.width
         state.descriptor, state.offset = notifier.descriptor, notifier.offset
         state.word_address = np.asarray(state).ctypes.data + state.dtype.fields["word"][1]
@@ -113,7 +113,8 @@ class Virtio(Device):
     def _receive_queue(self, k):
         """Queue 2k, with a buffer of its pool at every slot."""
         pool = self.pools[k]
-        ring, state, doorbell = self._queue(2 * k, kernels.rx_state, descriptors.DEVICE_WRITES)
+        ring, state, doorbell = self._queue(2 * k, kernels.rx_state, descriptors.DEVICE_WRITES,
+                                           k if self.events else None)
         buffers = pool.reserve(len(ring.desc))
         state.held, state.index = buffers, self.FIRST
         state.sure = BUFFER_SIZE - bool(self.features & r.MRG_RXBUF)

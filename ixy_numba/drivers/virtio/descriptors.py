@@ -6,7 +6,7 @@ U = np.uint64
 
 DESC = np.dtype([("addr", "u8"), ("len", "u4"), ("flags", "u2"), ("next", "u2")])  # 2.6.5
 NEXT, DEVICE_WRITES = 1, 2  # a descriptor's flags
-NO_INTERRUPT = 1  # the driver's flags, 2.6.6
+NO_INTERRUPT = U(1)  # the driver's flags, 2.6.7
 NO_NOTIFY = U(1)  # the device's flags, 2.6.8
 DOORBELL = np.dtype([("queue", "u2")])  # on PCI, where queues are notified (4.1.4.4)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import datapath
+from ... import datapath, waiting
 from ...core import lifetime
 from ...core.jit import kernel
 from ...core.libc import write_at, write_from
@@ -34,7 +34,7 @@ from ...core.pool import (
     take,
     word_of,
 )
-from .descriptors import NO_NOTIFY, NUM_BUFFERS_SHIFT
+from .descriptors import NO_INTERRUPT, NO_NOTIFY, NUM_BUFFERS_SHIFT
 
 LOW16, WRAP16 = U(0xFFFF), U(0x10000)
 LOW32, WRAP32 = U(0xFFFFFFFF), U(1 << 32)
@@ -362,3 +362,25 @@ def tx_finish(txq, tail):
     state.tail = tail
     state.packets += tail - start
     publish(txq, start, tail)
+
+
+# Interrupts: 2.6.7
+
+
+@waiting.rx_arm.implement(RxQueue)
+@kernel
+def rx_arm(rxq):
+    ring, position = rxq.ring, rxq.state.index & LOW16
+    if rxq.state.event_idx:
+        store_release(ring, "used_event", position)  # once the entry there is used, and not again
+    else:
+        store_release(ring, "avail_flags", ZERO)
+    fence()  # the wish must be out before the used index is read, else the device could have missed it
+    return U(load_acquire(ring, "used_idx")) != position
+
+
+@waiting.rx_disarm.implement(RxQueue)
+@kernel
+def rx_disarm(rxq):
+    if rxq.state.event_idx == ZERO:
+        store_release(rxq.ring, "avail_flags", NO_INTERRUPT)

@@ -82,6 +82,14 @@ class PciTransport(VirtioTransport):
             return 1
         return int.from_bytes(self.read_config(r.CONFIG_MAX_PAIRS, 2), "little")
 
+    def _set_vector(self, register, number, vector):
+        """Lead the selected queue to an interrupt vector, 4.1.5.1.2; without one it stays at none."""
+        if vector is not None:
+            self.registers.write(register, vector)
+            if self.registers.read(register) != vector:
+                raise IxyError(f"{self.bus.name}: the device has no interrupt vector {vector} for queue {number}; do "
+                               "without interrupts")
+
     def start(self):
         self._add_status(r.DRIVER_OK)
         for notifier in self._notifiers.values():  # there may be buffers already
@@ -155,13 +163,14 @@ class Modern(PciTransport):
             raise IxyError(f"{self.bus.name}: the device has no queue {number}")
         return min(wanted, size)
 
-    def set_queue(self, number, addresses):
+    def set_queue(self, number, addresses, vector=None):
         write = self.registers.write
         write(r.QUEUE_SELECT, number)
         write(r.QUEUE_SIZE, addresses.size)
         write(r.QUEUE_DESC, addresses.desc)
         write(r.QUEUE_DRIVER, addresses.avail)
         write(r.QUEUE_DEVICE, addresses.used)
+        self._set_vector(r.QUEUE_VECTOR, number, vector)
         at = self.registers.read(r.QUEUE_NOTIFY_OFF) * self._multiplier
         if at + 2 > self._notify_length:
             raise IxyError(f"{self.bus.name}: queue {number} is notified at {at:#x}, outside of the registers for that")
@@ -198,11 +207,12 @@ class Legacy(PciTransport):
             raise IxyError(f"{self.bus.name}: the device has no queue {number}")
         return size
 
-    def set_queue(self, number, addresses):
+    def set_queue(self, number, addresses, vector=None):
         if addresses.desc >> PAGE_SHIFT > 0xFFFFFFFF or addresses.desc & (1 << PAGE_SHIFT) - 1:
             raise IxyError(f"{self.bus.name}: a queue at {addresses.desc:#x}: expected a page below 16 TiB")
         self.registers.write(r.LEGACY_QUEUE_SELECT, number)
         self.registers.write(r.LEGACY_QUEUE_PAGE, addresses.desc >> PAGE_SHIFT)
+        self._set_vector(r.LEGACY_QUEUE_VECTOR, number, vector)
         self._notifiers[number] = _notifier(self.registers.bar, r.LEGACY_QUEUE_NOTIFY, number)
         return self._notifiers[number]
 
