@@ -22,7 +22,7 @@ from numba.extending import NativeValue, models, overload, register_model, typeo
 from .core.dispatch import dispatched, verb
 from .core.errors import ClosedError, UsageError
 from .core.integers import wrapping_sub
-from .core.jit import OPTIONS, fingerprint, kernel
+from .core.jit import OPTIONS, fingerprint, kernel, module_of
 from .core.lifetime import CLOSED, any_closed, occupy
 from .core.memory import new_record
 from .core.mmio import cycles, likely, load_acquire
@@ -145,7 +145,7 @@ class Handler:
 
     @functools.cached_property
     def type(self):
-        kind = HandlerType(f"handler {self.function.__module__}.{self.__qualname__} {fingerprint(self.function)}")
+        kind = HandlerType(f"handler {module_of(self.function)}.{self.__qualname__} {fingerprint(self.function)}")
         _handlers[kind.name] = self
         return kind
 

@@ -141,8 +141,14 @@ def _inside(value):
     return value.__members__ if isinstance(value, EnumType) else {}
 
 
+def module_of(function):
+    """The name that a function's module is imported by, also where `python -m` runs it as `__main__`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if function.__module__ == "__main__" and spec is not None else function.__module__
+
+
 def _is_ours(function):
-    return function.__module__ is not None and function.__module__.split(".")[0] == PACKAGE.name
+    return function.__module__ is not None and module_of(function).split(".")[0] == PACKAGE.name
 
 
 @functools.cache
@@ -209,7 +215,7 @@ class _KernelCache(caching.NullCache):
         parts = [numba.__version__, sys.version, target_context.codegen().magic_tuple(), fingerprint(function),
                  self._inline, os.path.abspath(function.__code__.co_filename), function.__code__.co_firstlineno,
                  [_describe(kind) for kind in sigutils.normalize_signature(signature)[0]]]
-        name = re.sub(r"[^\w.]", "", f"{function.__module__}.{function.__qualname__}")[:100]
+        name = re.sub(r"[^\w.]", "", f"{module_of(function)}.{function.__qualname__}")[:100]
         return cache_directory() / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.nbc"
 
     def load_overload(self, sig, target_context):
