@@ -272,6 +272,7 @@ def test_the_queues_registers_can_be_mapped(tmp_path, memory):
         bring_up(client, memory)
         for block in (0x1000, 0x6000):
             client.write32(block + 0x28, 0)
+        assert client.read32(0x6028) == 0  # what was posted is done
         pages = [np.frombuffer(mmap.mmap(file, 0x1000, offset=offset), "<u4") for offset in (0x1000, 0x6000)]
         for page in pages:
             page[0x28 // 4] = ENABLE
