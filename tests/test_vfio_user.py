@@ -214,6 +214,7 @@ def test_nothing_is_reached_outside_the_map(served, client, memory):
     before = memory.array.copy()
     memory.words[TX_RING // 8 + 1] = TX_WHOLE | TX_RS | 60
     client.write32(0x6018, 1)
+    assert client.read32(0x6018) == 1
     served.bus.step()
     assert served.faults == 3
     assert (memory.array[RX_DATA:] == before[RX_DATA:]).all()
