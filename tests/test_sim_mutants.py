@@ -81,7 +81,7 @@ MUTANTS = {
     "auto-mask is ignored": (
         "interrupts", "            self._auto_mask(queues, others)", "            pass", "interrupts", "auto_mask"),
     "a cause that comes while it is masked is forgotten": (
-        "interrupts", "            self._forget()", "            pass", "interrupts", "auto_mask"),
+        "interrupts", "                self._forget()", "                pass", "interrupts", "auto_mask or moderated"),
     "moderation is ignored": ("interrupts", "if now < self._next[vector]:", "if False:", "interrupts", "moderation"),
     "moderation loses a message": (
         "interrupts", "self._state.alarm = min(int(self._state.alarm), self._next[vector])", "pass", "interrupts",

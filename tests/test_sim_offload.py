@@ -243,6 +243,23 @@ def test_segments_wait_for_room_and_none_is_lost_or_sent_twice():
     other.close()
 
 
+def test_a_ring_that_is_unmapped_while_its_packet_waits_is_a_fault():
+    rig, other = Rig("link=gone", n=128), Rig("link=gone", n=128)
+    packet = ETHER / V4 / TCP(sport=5, dport=6, seq=1, flags="A") / Raw(bytes(1100))
+    segment(rig, packet, TCP, 6, TCP_TYPE | IPV4, 20, 1)
+    rig.run()
+    rig.bus.unmap_dma(rig.rings)
+    first = 0
+    for _ in range(5):
+        other.step()
+        first += len(other.take(first=first))
+        rig.step()
+    assert rig.wire("dma_faults") == 1
+    rig.bus.map_dma(rig.rings)
+    rig.close()
+    other.close()
+
+
 def test_a_queue_that_is_switched_off_gives_up_its_half_sent_packet():
     rig, other = Rig("link=half", n=128), Rig("link=half", n=128)
     packet = ETHER / V4 / TCP(sport=5, dport=6, seq=1, flags="A") / Raw(bytes(1100))

@@ -214,6 +214,7 @@ def test_nothing_is_reached_outside_the_map(served, client, memory):
     before = memory.array.copy()
     memory.words[TX_RING // 8 + 1] = TX_WHOLE | TX_RS | 60
     client.write32(0x6018, 1)
+    assert client.read32(0x6018) == 1
     served.bus.step()
     assert served.faults == 3
     assert (memory.array[RX_DATA:] == before[RX_DATA:]).all()
@@ -272,6 +273,7 @@ def test_the_queues_registers_can_be_mapped(tmp_path, memory):
         bring_up(client, memory)
         for block in (0x1000, 0x6000):
             client.write32(block + 0x28, 0)
+        assert client.read32(0x6028) == 0  # what was posted is done
         pages = [np.frombuffer(mmap.mmap(file, 0x1000, offset=offset), "<u4") for offset in (0x1000, 0x6000)]
         for page in pages:
             page[0x28 // 4] = ENABLE

@@ -146,12 +146,12 @@ class Interrupts:
     def deliver(self):
         """Send what the causes, masks and moderation allow now, and tell the engine what would matter next."""
         with self._model.held():
-            self._forget()  # before anything new: a cause that was cleared or masked meanwhile is sent again
             self._collect()
             self._state.alarm = NEVER
             multiple = self._multiple()
             if self.port:
                 (self._send_vectors if multiple else self._send_one)()
+                self._forget()
                 waiting = self._queue_mask & ~self._queue_causes & (NEVER if multiple else RTXQ)
                 self._state.armed = 0 if multiple and self._state.direct else waiting
 

@@ -203,7 +203,10 @@ def send_assembled(device, queue, head, pending, now, time_ns):
         out.waiting = ZERO
     for k in range(used):
         index = (head + U(k)) % queue.length
-        descriptor, _ = reach(device, TX_RING, queue.ring + (index << U(4)))
+        descriptor, reachable = reach(device, TX_RING, queue.ring + (index << U(4)))
+        if reachable < U(16):  # taken away while the packet waited for the wire
+            _halt(device, queue)
+            return ZERO
         if load64(descriptor + U(8)) & RS:
             report(device, queue, descriptor, index)
     return used
