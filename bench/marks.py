@@ -36,9 +36,6 @@ class Outcomes:
         for protection in protections:
             self.found[protection][node] = outcome
 
-    def _of(self, node):
-        return [protection for protection, tests in self.found.items() if node in tests]
-
     def pytest_itemcollected(self, item):
         for marker in item.iter_markers("safety"):
             self._set(item.nodeid, marker.args, "not run")
@@ -55,11 +52,11 @@ class Outcomes:
                 self._set(report.nodeid, [name for name in PROTECTIONS if name in text], report.outcome)
 
     def pytest_runtest_logreport(self, report):
-        before = {self.found[protection][report.nodeid] for protection in self._of(report.nodeid)}
+        mine = [protection for protection, tests in self.found.items() if report.nodeid in tests]
         if report.outcome != "passed" or hasattr(report, "wasxfail"):
-            self._set(report.nodeid, self._of(report.nodeid), "failed" if report.failed else "skipped")
-        elif report.when == "call" and before == {"not run"}:
-            self._set(report.nodeid, self._of(report.nodeid), "passed")
+            self._set(report.nodeid, mine, "failed" if report.failed else "skipped")
+        elif report.when == "call":
+            self._set(report.nodeid, mine, "passed")
 
 
 def worker(tests):

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from ixy_numba import Forwarder, open_devices
+from ixy_numba import Forwarder, Pool, open_device
 from ixy_numba.core.errors import IxyError
 from ixy_numba.fwd import touch_and_forward
 
@@ -18,8 +18,8 @@ PACKETS, QUICK_PACKETS = 1_000_000_000, 20_000_000
 def measure(quick):
     packets = QUICK_PACKETS if quick else PACKETS
     say(f"soak: {packets} packets …")
-    devices = open_devices(["sim:gen=line"] * 2)
-    pool = devices[0].pools[0]
+    pool = Pool()  # our own: one that closes with its devices could not be counted afterwards
+    devices = [open_device("sim:gen=line", pools=[pool]) for _ in range(2)]
     with Forwarder(devices, touch_and_forward, packets=packets) as forwarder:
         while not forwarder.finished:
             forwarder.check()

@@ -14,6 +14,7 @@ from ixy_numba.core.errors import IxyError
 PROGRAM = "dpdk-testpmd"
 PROMPT = "\ntestpmd> "
 HUGE, PLAIN = ("--in-memory",), ("--no-huge", "--no-shconf")  # how a DPDK program gets its memory
+MEMORY_MIB = 128
 REFUSED = ("Command not found", "Bad arguments", "Ambiguous command")
 _STATISTICS = re.compile(
     r"NIC statistics for port (\d+) .*?RX-packets: (\d+)\s+RX-missed: (\d+)\s+RX-bytes: +(\d+)\s+RX-errors: (\d+)"
@@ -30,7 +31,7 @@ def installed():
 
 def environment(lcores, memory=PLAIN):
     """Arguments of DPDK's environment for a program that keeps to itself: no PCI, no files that others share."""
-    return ["--lcores", lcores, "--no-pci", *memory, "-m", "128", "--no-telemetry",
+    return ["--lcores", lcores, "--no-pci", *memory, "-m", str(MEMORY_MIB), "--no-telemetry",
             f"--file-prefix=ixy{os.getpid()}-{next(_prefixes)}"]
 
 
@@ -49,7 +50,7 @@ class Testpmd:
     __test__ = False  # no test case, whatever its name begins with
 
     def __init__(self, directory, *devices, cpu=None, options=(), memory=PLAIN, eal=()):
-        self.devices, self._output, self._ended = devices, "", False
+        self._output, self._ended = "", False
         cpu = min(os.sched_getaffinity(0)) if cpu is None else cpu
         for device in devices:
             for path in re.findall(r"\biface=(/[^,]*)", device):

@@ -21,6 +21,7 @@ from numba.extending import NativeValue, models, overload, register_model, typeo
 
 from .core.dispatch import dispatched, verb
 from .core.errors import ClosedError, UsageError
+from .core.integers import wrapping_sub
 from .core.jit import OPTIONS, fingerprint, kernel
 from .core.lifetime import CLOSED, any_closed, occupy
 from .core.memory import new_record
@@ -359,7 +360,7 @@ def _run(rxq, txq, lane, limit, route):
         if verdict == output:
             tail = tx_post(txq, tail, index, word_of(table, index) >> ADDRESS_SHIFT, length)
             index = take(table, top)
-            top -= ONE
+            top = wrapping_sub(top, ONE)  # limit <= top; below 0 `sent` would overflow
         elif verdict != DROP:
             break
         verdict = np.int64(_UNDECIDED)

@@ -2,8 +2,8 @@
 
 In step with the driver it completes descriptors in every way that a device could, right and wrong, twice or never,
 overwrites addresses in the rings, and puts offsets into packets that an application should not believe. It knows what
-it did, so that everything the driver and the application counted is compared exactly. The line printed at the end, a
-path, is JSON; the process ends with 1 if anything differs.
+it did, so that everything the driver and the application counted is compared exactly. Prints one line of JSON a path;
+the process ends with 1 if anything differs.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ixy_numba import Forwarder, IxyError, Pool, RegisterTimeout, UsageError, open_device, open_devices
 from ixy_numba import device as device_module
-from ixy_numba.core.errors import ClosedError
+from ixy_numba.core.errors import ClosedError, DeviceGoneError
 from ixy_numba.core.pool import INDEX_MASK
 from ixy_numba.core.registers import ALL_ONES
 from ixy_numba.datapath import Lane, forward_round, new_control, rx_batch
@@ -113,6 +113,20 @@ def test_link_speed():
 
 
 # Devices and limits
+
+
+def test_a_card_that_goes_while_it_is_used(monkeypatch):
+    """No statistics of billions of packets: one line, and closing gives the buffers back."""
+    pool = Pool(256)
+    device = attach(manual(), pools=[pool])
+    monkeypatch.setattr(device.regs, "_read32", lambda offset: ALL_ONES)
+    for use in (device.stats, lambda: device.set_promiscuous(False), lambda: device.link_mbit):
+        with pytest.raises(DeviceGoneError, match="STATUS read all ones, the device is gone"):
+            use()
+    with pytest.raises(IxyError, match="it did not become quiet: .* the device is gone"):
+        device.close()
+    assert pool.available == pool.usable
+    pool.close()
 
 
 @pytest.mark.parametrize("number", sorted(IDS))

@@ -216,7 +216,7 @@ def test_accesses_that_cannot_be(machine, index, offset, width):
     machine.add(A, bars=((32, MEMORY), (32, PORTS)))
     bus = take(machine)
     for access in (lambda: bus.bar(index).read(offset, width), lambda: bus.bar(index).write(offset, width, 0)):
-        with pytest.raises(IxyError, match="of a BAR of 0x20 bytes: expected 1, 2 or 4 bytes, aligned and inside"):
+        with pytest.raises(IxyError, match=f"{A}: .* of a BAR of 0x20: expected 1, 2 or 4 bytes, aligned and inside"):
             access()
     bus.close()
 
@@ -224,14 +224,17 @@ def test_accesses_that_cannot_be(machine, index, offset, width):
 def test_a_closed_bar_is_plain_memory(machine):
     path = machine.add(A, bars=((0x1000, MEMORY), (32, PORTS)))
     bus = take(machine)
-    doorbell, ports = bus.bar0[:4], bus.bar(1)
+    doorbell, registers, ports = bus.bar0[:4], bus.bar(0), bus.bar(1)
     doorbell[:] = 1
     bus.close()
     doorbell[:] = 9  # a queue that somebody still holds: the device must not see it
     assert (path / "resource0").read_bytes()[:4] == b"\1\1\1\1"
-    for bar in (bus.bar(0), ports):
-        with pytest.raises(ClosedError, match="this BAR is closed; open the device again"):
+    for bar in (registers, ports):
+        with pytest.raises(ClosedError, match=f"{A} is closed; open it again"):
             bar.read(0, 4)
+    for use in (lambda: bus.bar(0), bus.check, lambda: bus.write_config(4, 2, 0)):  # its files' numbers may be others'
+        with pytest.raises(ClosedError, match=f"{A} is closed; open it again"):
+            use()
 
 
 def test_capabilities(machine):
@@ -273,6 +276,23 @@ def test_a_device_that_goes(machine):
     (path / "config").write_bytes(b"\xff" * 256)
     with pytest.raises(DeviceGoneError, match="the device is gone"):
         bus.check()
+    bus.close()
+
+
+def test_ports_of_a_device_that_the_kernel_has_removed(machine, monkeypatch):
+    machine.add(A, bars=((32, PORTS),))
+    bus = take(machine)
+    ports = bus.bar(0)
+
+    def refuse(*args):
+        raise OSError(errno.ENODEV, "No such device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pci.os, "pread", refuse)
+        patch.setattr(pci.os, "pwrite", refuse)
+        for use in (lambda: ports.read(0, 4), lambda: ports.write(0, 4, 0), bus.check):
+            with pytest.raises(DeviceGoneError, match=rf"{A}: the device is gone \(No such device\); was it removed"):
+                use()
     bus.close()
 
 
@@ -446,6 +466,7 @@ def test_memory_that_cannot_be_mapped(machine, kernel, dma, number, advice):
     kernel.map_error = number
     with pytest.raises(DmaError, match=advice):
         bus.map_dma(dma)
+    bus.unmap_dma(dma)  # what failed may be undone
     bus.close()
 
 

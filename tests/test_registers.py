@@ -6,7 +6,7 @@ import re
 import pytest
 
 from ixy_numba.core import registers
-from ixy_numba.core.errors import IxyError, RegisterTimeout, UsageError
+from ixy_numba.core.errors import DeviceGoneError, IxyError, RegisterTimeout, UsageError
 from ixy_numba.core.registers import ALL_ONES, Mode, Register, Registers, bit, bits, lint, reg, table
 from ixy_numba.drivers.ixgbe import regs as r
 
@@ -210,6 +210,16 @@ def test_wait_looks_once_more_after_its_deadline(device, monkeypatch):
 def test_a_device_that_is_gone_is_told_at_once(device):
     with pytest.raises(RegisterTimeout, match="A is 0xffffffff .*the device is gone or its memory space is off"):
         answers(device, ALL_ONES).wait(A, A.GO, timeout_s=3600)
+
+
+def test_all_ones_is_a_value_unless_another_register_says_that_the_device_is_gone(device):
+    regs = Registers("dev", device.read, device.write, never_ones=READ_ONLY)
+    device.words[0x10] = ALL_ONES
+    assert regs.read(A) == ALL_ONES  # READ_ONLY reads 0
+    device.words[0x20] = ALL_ONES
+    for access in (lambda: regs.read(A), lambda: regs.set(A, A.GO), lambda: regs.wait(A, A.GO)):
+        with pytest.raises(DeviceGoneError, match="dev: A and READ_ONLY read all ones, the device is gone"):
+            access()
 
 
 def test_dump_shows_what_can_be_read_without_a_change(device):

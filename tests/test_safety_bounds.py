@@ -12,7 +12,7 @@ from ixy_numba.core.mmio import load_acquire, prefetch, store_release
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="NUMBA_DISABLE_JIT=1: nothing is compiled")
 checked_only = pytest.mark.skipif("memory_bounds" not in PROTECTED, reason="bounds are not checked in this mode")
-pytestmark = [compiled_only, checked_only]
+pytestmark = [compiled_only, checked_only, pytest.mark.safety("memory_bounds")]
 U, I64 = np.uint64, np.int64
 SIGNED = [np.int8, np.int32, np.int64]
 KINDS = [*SIGNED, np.uint8, np.uint32, np.uint64]

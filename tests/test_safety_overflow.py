@@ -19,6 +19,7 @@ U, I64 = np.uint64, np.int64
 KINDS = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64]
 LOW, HIGH, TOP = -(1 << 63), (1 << 63) - 1, (1 << 64) - 1
 RECORD = np.dtype([("small", "u2"), ("signed", "i1"), ("nested", "u1", (4,)), ("wide", "u8")])
+pytestmark = pytest.mark.safety("integer_overflow")
 
 
 def values(kind):

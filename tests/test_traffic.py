@@ -67,10 +67,10 @@ def running(*command):
     assert process.returncode == 0 and "Traceback" not in out, out
 
 
-def wait_for(condition, what):
-    deadline = time.monotonic() + LIMIT_S
+def wait_for(condition, what, limit_s=LIMIT_S):
+    deadline = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < deadline, f"no {what} after {LIMIT_S} s"
+        assert time.monotonic() < deadline, f"no {what} after {limit_s} s"
         time.sleep(0.02)
 
 

@@ -1,5 +1,6 @@
 """The simulated 82599 behind vfio-user: configuration space, DMA map, interrupts, and clients that misbehave."""
 
+import mmap
 import os
 import socket
 import struct
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -36,8 +38,10 @@ from vfio_user_client import (
     fired,
 )
 
+from ixy_numba.bus import parse_options
 from ixy_numba.core.errors import IxyError
-from ixy_numba.sim import open_bus
+from ixy_numba.sim import SimBus
+from ixy_numba.sim.spec import parse
 from ixy_numba.sim.vfio_user import PATIENCE_S, Server
 
 STATUS, CTRL, EICS, EIMS, GPIE, IVAR, EIAC = 0x8, 0x0, 0x808, 0x880, 0x898, 0x900, 0x810
@@ -50,8 +54,8 @@ class Served:
 
     def __init__(self, folder, text="", name="nic", **more):
         self.path = folder / name
-        options = dict(part.split("=") for part in text.split(",")) if text else {}
-        self.bus = open_bus(str(self.path), {"mac": MAC.hex(":"), **options}, manual=True)
+        options = parse_options(text, text)
+        self.bus = SimBus(str(self.path), parse(text, {"mac": MAC.hex(":"), **options}), manual=True)
         self.server = Server(str(self.path), self.bus, **more)
 
     def close(self):
@@ -255,6 +259,35 @@ def test_regions_without_a_file_or_without_write_access_are_not_reached(served, 
     client.unmap(memory)
     client.map(memory)
     assert served.bus.model.state.mappings == 1
+
+
+def test_the_queues_registers_can_be_mapped(tmp_path, memory):
+    served = Served(tmp_path, "frames=5", map_rings=True)
+    with Client(served.path) as client:
+        ask = struct.pack("<IIIIQQ", 80, 0, 0, 0, 0, 0)
+        client.send(GET_REGION_INFO, ask)
+        reply, (file,) = client.receive()
+        assert struct.unpack_from("<IIIIQQ", reply) == (80, 3 | 4 | 8, 0, 32, 0x20000, 0)
+        assert struct.unpack_from("<HHIIIQQQQ", reply, 32) == (1, 1, 0, 2, 0, 0x1000, 0x1000, 0x6000, 0x1000)
+        bring_up(client, memory)
+        for block in (0x1000, 0x6000):
+            client.write32(block + 0x28, 0)
+        pages = [np.frombuffer(mmap.mmap(file, 0x1000, offset=offset), "<u4") for offset in (0x1000, 0x6000)]
+        for page in pages:
+            page[0x28 // 4] = ENABLE
+        pages[0][0x18 // 4] = 7
+        assert served.bus.step() == 0 and served.bus.step() == 5  # it has to look first
+        assert pages[0][0x10 // 4] == 5  # RDH
+        memory.put(TX_DATA, frame(60))
+        memory.words[TX_RING // 8] = IOVA + TX_DATA
+        memory.words[TX_RING // 8 + 1] = TX_WHOLE | TX_RS | 60
+        pages[1][0x18 // 4] = 1
+        assert served.bus.step() == 1 and served.bus.summary()["sent"] == 1
+        pages[1][0x28 // 4] = 0
+        pages[1][0x18 // 4] = 2
+        assert served.bus.step() == 0 == served.bus.step() and served.bus.summary()["sent"] == 1
+        os.close(file)
+    served.close()
 
 
 def test_the_device_is_off_once_its_client_has_gone(served, memory):

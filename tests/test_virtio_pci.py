@@ -207,6 +207,15 @@ def test_a_device_that_is_gone_from_the_start(legacy):
     assert "the device is gone" in refusal(card, DeviceGoneError)
 
 
+def test_a_device_that_somebody_resets():
+    card = Card()
+    device = attach(card)
+    card.status = 0
+    with pytest.raises(DeviceGoneError, match="card: the device is gone, or somebody has reset it: .* 0x0"):
+        device.check()
+    close(device)
+
+
 def test_a_device_that_met_an_error():
     card = Card()
     device = attach(card)

@@ -34,7 +34,7 @@ class Answered(Bar):
     """A BAR whose registers the card answers: `table` at 0, its configuration from byte `config` on."""
 
     def __init__(self, card, table, config, size):
-        super().__init__(size)
+        super().__init__("card", size)
         self.card, self.table, self.config = card, table, config
         # What kernels store or write goes past the card, as a doorbell does
         self.descriptor, self.start = os.memfd_create("card"), 0
@@ -58,7 +58,7 @@ class Doorbells(Bar):
     """A BAR in memory."""
 
     def __init__(self, size):
-        super().__init__(size)
+        super().__init__("card", size)
         self.array = np.zeros(size, np.uint8)
 
     def _read(self, offset, width): ...

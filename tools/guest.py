@@ -132,7 +132,7 @@ class Guest:
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise Refused(f"the guest did not end within {timeout_s:g} s") from None
+            raise late(timeout_s) from None
         if not (self.folder / "exit").exists():
             raise Refused(f"the guest ended before its command: {self.text('qemu').strip() or 'see its console'}")
         return int(self.text("exit"))
@@ -176,11 +176,10 @@ class Guest:
             words += ["-fsdev", f"local,id={tag},path={path},security_model=none{more}",
                       "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
         words += ["-device", "virtio-serial-pci"]
-        ports = {name: f"file,path={self.folder / name}" for name in ("stdout", "stderr")}
-        ports |= {name: f"socket,path={path},server=on,wait=off" for name, path in self._channels.items()}
-        for name, backend in ports.items():
-            kind, _, rest = backend.partition(",")
-            words += ["-chardev", f"{kind},id={name},{rest}", "-device", f"virtserialport,chardev={name},name={name}"]
+        ports = {name: ("file", f"path={self.folder / name}") for name in ("stdout", "stderr")}
+        ports |= {name: ("socket", f"path={path},server=on,wait=off") for name, path in self._channels.items()}
+        for name, (kind, place) in ports.items():
+            words += ["-chardev", f"{kind},id={name},{place}", "-device", f"virtserialport,chardev={name},name={name}"]
         return words + self._nics + self._devices
 
 
@@ -214,7 +213,13 @@ def follow(guest, timeout_s):
                 ours.buffer.write(source.read())
                 ours.flush()
             time.sleep(0.02)
-    return guest.wait(0 if running else 1)
+    if running:
+        raise late(timeout_s)
+    return guest.wait(1)
+
+
+def late(timeout_s):
+    return Refused(f"the guest did not end within {timeout_s:g} s")
 
 
 def nic(text):
@@ -238,7 +243,7 @@ def arguments():
     setup.add_argument("--again", action="store_true", help="fetch them even if they are there")
     run = verbs.add_parser("run", allow_abbrev=False, help="boot a guest, run a command in it, return its exit code",
                            description="Boot a guest, run a command in it, in this folder, exit with its exit code. "
-                           f"There $GUEST_NICS lists the NICs' PCI addresses, and root may write to {SHARE}.")
+                           "There $GUEST_NICS lists the NICs' PCI addresses.")
     run.add_argument("--nic", action="append", default=[], type=nic, metavar="KIND[:SOCKET]",
                      help=f"an emulated NIC ({', '.join(NICS)}); connects to the unix socket, each frame behind its "
                      "length in 4 bytes, big-endian")
@@ -260,7 +265,7 @@ def run(args):
         try:
             code = follow(guest, args.timeout)
         finally:
-            if args.console or code:
+            if args.console or code != 0:
                 kept = Path(args.console or guest_parts.cache_folder() / "last-console.log")
                 kept.write_text(guest.text("console"))
                 print(f"console: {kept}", file=sys.stderr)

@@ -104,10 +104,9 @@ def set_up(say, mirror=None, again=False):
 
 def debian_mirror():
     """The mirror that this machine itself fetches Debian's packages from."""
-    listed = _output(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"])
-    for uri in listed.splitlines():
-        if re.search(r"/debian/?$", uri):
-            return uri
+    found = re.search(r"'(\S+/debian)/+dists/", _output(["apt-get", "update", "--print-uris"]))
+    if found:
+        return found[1]
     raise Refused("this machine's package sources name no Debian mirror; give one: --mirror URL")
 
 

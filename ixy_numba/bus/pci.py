@@ -134,8 +134,8 @@ class Bar(ABC):
 
     array = None
 
-    def __init__(self, size):
-        self.size, self.closed = size, False
+    def __init__(self, name, size):
+        self.name, self.size, self.closed = name, size, False
 
     def read(self, offset, width):
         """The register of `width` bytes (1, 2 or 4) at `offset`, a multiple of it."""
@@ -148,10 +148,10 @@ class Bar(ABC):
 
     def _check(self, offset, width):
         if self.closed:
-            raise ClosedError("this BAR is closed; open the device again")
+            raise ClosedError(f"{self.name} is closed; open it again")
         if width not in (1, 2, 4) or offset % width or not 0 <= offset <= self.size - width:
-            raise IxyError(f"{width} bytes at {offset:#x} of a BAR of {self.size:#x} bytes: expected 1, 2 or 4 bytes, "
-                           "aligned and inside")
+            raise IxyError(f"{self.name}: {width} bytes at {offset:#x} of a BAR of {self.size:#x}: expected 1, 2 or 4 "
+                           "bytes, aligned and inside")
 
     @abstractmethod
     def _read(self, offset, width): ...
@@ -166,11 +166,11 @@ class Bar(ABC):
 class MappedBar(Bar):
     """A BAR of memory, mapped. After `close` arrays of it that are still held are plain memory."""
 
-    def __init__(self, descriptor, start, size):
-        super().__init__(size)
+    def __init__(self, name, descriptor, start, size):
+        super().__init__(name, size)
         self.array = map_file(descriptor, start, size)
-        # Each access must be one of its width: NumPy copies scalars as bytes, which may read a register twice and lose
-        # what clears on read. Elements of a memoryview are moved as a whole.
+        # Each access must be a single one of its width: many registers clear on read. CPython copies an element of a
+        # memoryview by a copy of constant size, which is one instruction; NumPy says nothing about how it copies.
         self._words = {width: memoryview(self.array).cast(code) for width, code in ((1, "B"), (2, "H"), (4, "I"))}
 
     def _read(self, offset, width):
@@ -188,15 +188,26 @@ class MappedBar(Bar):
 class FileBar(Bar):
     """A BAR behind a file, byte 0 at `start` of `descriptor`: I/O ports, or memory that cannot be mapped."""
 
-    def __init__(self, descriptor, start, size):
-        super().__init__(size)
+    def __init__(self, name, descriptor, start, size):
+        super().__init__(name, size)
         self.descriptor, self.start = descriptor, start
 
     def _read(self, offset, width):
-        return int.from_bytes(os.pread(self.descriptor, width, self.start + offset), "little")
+        with _answers(self.name):
+            return int.from_bytes(os.pread(self.descriptor, width, self.start + offset), "little")
 
     def _write(self, offset, width, value):
-        os.pwrite(self.descriptor, value.to_bytes(width, "little"), self.start + offset)
+        with _answers(self.name):
+            os.pwrite(self.descriptor, value.to_bytes(width, "little"), self.start + offset)
+
+
+@contextlib.contextmanager
+def _answers(name):
+    """Where the kernel refuses an access, it has removed the device."""
+    try:
+        yield
+    except OSError as error:
+        raise DeviceGoneError(f"{name}: the device is gone ({error.strerror}); was it removed?") from None
 
 
 class PciBus(Bus):
@@ -235,19 +246,19 @@ class PciBus(Bus):
 
     def read_config(self, offset, width):
         """`width` bytes at `offset` of the configuration space, as an integer. DeviceGoneError if it is."""
-        descriptor, start = self._config
-        try:
-            value = os.pread(descriptor, width, start + offset)
-        except OSError as error:
-            raise self._gone(error.strerror) from None
-        return int.from_bytes(value, "little")
+        descriptor, start = self._check_open()._config
+        with _answers(self.name):
+            return int.from_bytes(os.pread(descriptor, width, start + offset), "little")
 
     def write_config(self, offset, width, value):
-        descriptor, start = self._config
-        try:
+        descriptor, start = self._check_open()._config
+        with _answers(self.name):
             os.pwrite(descriptor, value.to_bytes(width, "little"), start + offset)
-        except OSError as error:
-            raise self._gone(error.strerror) from None
+
+    def _check_open(self):
+        if self._config is None:
+            raise ClosedError(f"{self.name} is closed; open it again")
+        return self
 
     def capabilities(self, kind):
         """The offsets in configuration space of all capabilities of a `kind` (PCI_CAP_ID_…), in the list's order."""
@@ -285,7 +296,7 @@ class PciBus(Bus):
 
         IxyError if the device has none.
         """
-        if index not in self._bars:
+        if index not in self._check_open()._bars:
             opened = self._open_bar(index)
             if opened is None:
                 raise IxyError(f"{self.name}: BAR {index} is not there; does the firmware give the card its resources?")
@@ -310,13 +321,12 @@ class PciBus(Bus):
 
     def check(self):
         if self.read_config(PCI_VENDOR_ID, 2) == 0xFFFF:
-            raise self._gone("its configuration space reads all ones")
-
-    def _gone(self, why):
-        return DeviceGoneError(f"{self.name}: the device is gone ({why}); was it removed, or its slot powered off?")
+            raise DeviceGoneError(f"{self.name}: the device is gone (its configuration space reads all ones); was it "
+                                  "removed, or its slot powered off?")
 
     def close(self):
         self._undo.close()
+        self._config = None
 
 
 def open_bus(address, unbind=False, root="/"):

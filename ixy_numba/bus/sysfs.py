@@ -1,5 +1,6 @@
 """A PCI card through sysfs, as root and without an IOMMU: BARs are files, DMA goes to physical addresses."""
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -36,7 +37,8 @@ class SysfsBus(PciBus):
             self._write("driver/unbind", self.name)
         self._stop_dma()  # of a process that was killed
         if (self.function.path / "reset").exists():
-            self._write("reset", "1")
+            with contextlib.suppress(IxyError):  # the driver resets the device as well
+                self._write("reset", "1")
         self._enable()
 
     def _check_translation(self):
@@ -79,7 +81,7 @@ class SysfsBus(PciBus):
             return None
         descriptor = self._file(f"resource{index}")
         try:
-            return (FileBar if ports else MappedBar)(descriptor, 0, size)
+            return (FileBar if ports else MappedBar)(self.name, descriptor, 0, size)
         except OSError as error:
             raise IxyError(f"{self.name}: BAR {index} of {size:#x} bytes cannot be mapped: {error.strerror}; is the "
                            "kernel locked down (secure boot)? then use vfio-pci") from None

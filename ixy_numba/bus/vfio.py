@@ -120,6 +120,8 @@ class Container:
 
     def unmap(self, memory):
         with self._lock:
+            if memory.iova not in self._mapped:  # mapping it had failed
+                return
             self._mapped[memory.iova] -= 1
             if not self._mapped[memory.iova]:
                 del self._mapped[memory.iova]
@@ -209,8 +211,8 @@ class VfioBus(PciBus):
             return None
         if flags & VFIO_REGION_INFO_FLAG_MMAP:
             with contextlib.suppress(OSError):  # only parts may be mapped
-                return MappedBar(self._device, start, size)
-        return FileBar(self._device, start, size)
+                return MappedBar(self.name, self._device, start, size)
+        return FileBar(self.name, self._device, start, size)
 
     def map_dma(self, memory):
         self.container.map(memory)

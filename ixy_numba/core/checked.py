@@ -21,7 +21,7 @@ import operator
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import compiler, lowering, typed_passes, typing
+from numba.core import cgutils, compiler, lowering, typed_passes, typing
 from numba.core.callconv import CPUCallConv
 from numba.core.compiler_machinery import register_pass
 from numba.core.cpu import CPUContext
@@ -157,14 +157,19 @@ class _Context(CPUContext):
         return self.original.compile_subroutine(*args, **kws)
 
     def _indexing(self, key, sig):
-        """array[index], with negative numbers taken for huge ones, so that the bounds check finds them."""
+        """array[index], with negative numbers taken for huge ones.
+
+        One comparison then finds whatever is outside, where Numba has two: it is left to check slices and the like.
+        """
         array, index, *value = sig.args
         parts = index.types if isinstance(index, types.BaseTuple) else (index,)
         if any(isinstance(part, types.Array) for part in parts):
             self.lower.refuse("an array as an index is not checked", "write the loop")
         unsigned = [types.uintp if isinstance(part, types.Integer) else part for part in parts]
         new_index = types.BaseTuple.from_types(unsigned) if isinstance(index, types.BaseTuple) else unsigned[0]
-        found = super().get_function(key, typing.signature(sig.return_type, array, new_index, *value))
+        plain = len(parts) <= array.ndim and all(isinstance(part, types.Integer) for part in parts)
+        context = self._without_bounds() if plain else self
+        found = CPUContext.get_function(context, key, typing.signature(sig.return_type, array, new_index, *value))
 
         def call(builder, args, loc=None):
             whole = isinstance(index, types.BaseTuple)
@@ -174,10 +179,20 @@ class _Context(CPUContext):
                     numbers[k] = bits(self, builder, numbers[k], part, types.uintp)
                 elif isinstance(part, types.SliceType):
                     self._refuse_negative_slice(builder, part, numbers[k])
+            if plain:
+                shape = cgutils.unpack_tuple(builder, self.make_array(array)(self, builder, args[0]).shape)
+                for number, size in zip(numbers, shape, strict=False):
+                    outside = builder.icmp_unsigned(">=", number, size)
+                    self.raise_if(builder, outside, IndexError, "index is out of bounds")
             new = self.make_tuple(builder, new_index, numbers) if whole else numbers[0]
             return found(builder, [args[0], new, *args[2:]])
 
         return call
+
+    def _without_bounds(self):
+        made = copy.copy(self)
+        made.enable_boundscheck = False
+        return made
 
     def _refuse_negative_slice(self, builder, kind, value):
         ends = self.make_helper(builder, kind, value)

@@ -35,7 +35,7 @@ from numba.extending import (
 
 from .jit import INTERPRETED, OPTIONS, PROTECTED
 from .mmio import _call
-from .pool import BUFFER_SIZE, GENERATIONS, INDEX_MASK, LENGTH_MASK, LENGTH_SHIFT, U, kernel, owns
+from .pool import BUFFER_SIZE, GENERATIONS, LENGTH_MASK, LENGTH_SHIFT, U, index_of, kernel, owns
 
 _OUTSIDE, _SLICE = "access outside the packet", "slice outside the packet"
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
@@ -332,7 +332,7 @@ def packet(pool, handle):
     length = handle >> LENGTH_SHIFT & LENGTH_MASK
     if GENERATIONS and (not owns(pool, handle) or length > U(BUFFER_SIZE)):
         raise IndexError("this handle is no packet of the application's: sent, freed, of another pool or forged")
-    return view(pool.memory, handle & INDEX_MASK, length, 0)
+    return view(pool.memory, index_of(pool.table, handle), length, 0)
 
 
 @kernel(inline=True)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import ClosedError, DmaError, UsageError
+from .integers import wrapping_add, wrapping_sub
 from .jit import PROTECTED, kernel
 from .memory import ANY, DmaMemory, new_record
 
@@ -37,6 +38,7 @@ ADDRESS_LIMIT = 1 << 47
 BUFFER_SIZE = 2048  # bytes a device may write to; with SRRCTL in steps of 1 KiB
 HEADROOM = 128  # bytes in front of a packet, for the header that a virtio device puts before it
 BUFFER_STRIDE = HEADROOM + BUFFER_SIZE  # no power of two: neighbouring packets do not fight for the same cache sets
+TOO_LONG = U((0x10000 - BUFFER_SIZE) << 32)  # the bits of a length, where a handle has it, that is 2048 or more
 MAX_BATCH = 256
 GENERATIONS, LIFETIMES = "packet_use_after_free" in PROTECTED, "memory_use_after_free" in PROTECTED
 
@@ -165,14 +167,43 @@ class Pool:
         table.closed, table.top, table.word = 1, 0, KEPT
 
 
+# Handles are checked in one comparison: what must be 0 is collected first.
+
+
 @kernel(inline=True)
 def owns(pool, handle):
     """Whether `handle` is a packet of this pool that the application still holds. IXY_NUMBA_MODE=fast: always."""
+    return _flaw(pool.table, handle) | handle & _beyond(pool.table) == ZERO
+
+
+@kernel(inline=True)
+def sendable(pool, handle):
+    """Whether `handle` is a packet of this pool that the application still holds, and has 1 to 2048 bytes."""
+    # Of the handle less one byte: a length of 0 borrows from the generation, and is far too long then.
+    less = wrapping_sub(handle, ONE << LENGTH_SHIFT)
+    return _flaw(pool.table, handle) | less & (_beyond(pool.table) | TOO_LONG) == ZERO
+
+
+@kernel(inline=True)
+def _flaw(table, handle):
+    """0 if the application owns the buffer in this generation. Words beyond the last buffer's are KEPT for ever."""
     if GENERATIONS:
-        index = handle & INDEX_MASK
-        owner = word_of(pool.table, index) & OWNER_MASK
-        return index < U(len(pool.memory.buffer)) and owner == handle >> GENERATION_SHIFT
-    return True
+        return (word_of(table, handle) ^ handle >> GENERATION_SHIFT) & OWNER_MASK
+    return ZERO
+
+
+@kernel(inline=True)
+def _beyond(table):
+    """The bits of a handle's index that no buffer of this pool has."""
+    if GENERATIONS:
+        return INDEX_MASK & ~U(len(table.word) - 1)
+    return ZERO
+
+
+@kernel(inline=True)
+def index_of(table, handle):
+    """The index of the buffer of a handle that is the application's."""
+    return handle & U(len(table.word) - 1)
 
 
 @kernel(inline=True)
@@ -183,8 +214,8 @@ def word_of(table, index):
 
 @kernel(inline=True)
 def take(table, top):
-    """The free buffer under `top`, which is not 0. The caller lowers table.top when it is done."""
-    return U(table.free[(top - ONE) & U(len(table.free) - 1)])
+    """The free buffer under `top`, which is not 0. The caller lowers table.top by a checked subtraction when done."""
+    return U(table.free[wrapping_sub(top, ONE) & U(len(table.free) - 1)])
 
 
 @kernel(inline=True)
@@ -192,7 +223,7 @@ def leave(table, index):
     """The buffer leaves the application: every handle of it stops being valid. Returns its address for the device."""
     word = word_of(table, index)
     if GENERATIONS:  # the last generation carries into KEPT, which is 0, and the first one follows
-        table.word[index & U(len(table.word) - 1)] = (word + NEXT_GENERATION) | KEPT
+        table.word[index & U(len(table.word) - 1)] = wrapping_add(word, NEXT_GENERATION) | KEPT
     return word >> ADDRESS_SHIFT
 
 
@@ -236,16 +267,16 @@ def free_batch(pool, batch, first, end):
     """Give packets batch.packet[first:end] back to their pool; returns how many were valid. Others are counted."""
     table = pool.table
     check_open(table)
-    freed = ZERO
-    size = U(len(batch.packet))
+    top, size = table.top, U(len(batch.packet))
     for k in range(min(U(first), size), min(U(end), size)):
         handle = batch.packet[k]
-        if not owns(pool, handle):
+        if owns(pool, handle):
+            index = index_of(table, handle)
+            leave(table, index)
+            table.free[top] = index
+            top += ONE
+        else:
             table.bad_handles += ONE
-            continue
-        index = handle & INDEX_MASK
-        leave(table, index)
-        table.free[table.top] = index
-        table.top += ONE
-        freed += ONE
+    freed = top - table.top
+    table.top = top
     return freed

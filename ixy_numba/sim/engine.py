@@ -14,19 +14,34 @@ from ..core.jit import kernel
 from ..core.libc import sleep_us
 from ..core.memory import new_record
 from ..core.mmio import cycles, fence, load_acquire, pause, store_release
+from ..core.raw import load32
 from .events import raise_events
 from .receive import receive
 from .state import BATCH, DEVICE, MAX_DEVICES, ONE, ZERO, U, enter, leave
 from .transmit import transmit
 
 CONTROL = np.dtype([("stop", "u8"), ("worker", "u8"), ("slice", "u8"), ("slots", "u8"), ("rounds", "u8")])
+QUEUE_CONTROL, MAPPABLE_QUEUES = U(0x28), 64
 SPINS, NAP_US = U(2000), U(50)  # idle rounds before the first nap
+
+
+@kernel
+def controls_changed(device):
+    """Whether RXDCTL or TXDCTL of one of the 64 queues that can be mapped was written past the registers' handlers."""
+    for k in range(MAPPABLE_QUEUES):
+        rx, tx = device.rx[k], device.tx[k]
+        if load32(rx.registers + QUEUE_CONTROL) != rx.control or load32(tx.registers + QUEUE_CONTROL) != tx.control:
+            return True
+    return False
 
 
 @kernel
 def visit(device, now, time_ns, budget):
     """One device's turn: up to `budget` frames received and as many descriptors a transmit queue. Returns the sum."""
     device.now = now
+    if device.watched and controls_changed(device):
+        device.attention = ONE
+        return ZERO
     work = receive(device, now, budget)
     if device.tx_on:
         for k in range(device.tx_queues):

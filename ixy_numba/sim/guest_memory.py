@@ -21,10 +21,8 @@ class GuestMemory:
         self._regions = {}  # iova: (size, array over the mapping, or None for a region that the device cannot reach)
 
     def map(self, iova, size, offset, flags, descriptor):
-        """Enter `size` bytes of a memory file from `offset` on at `iova`. The descriptor stays the caller's.
-
-        DEVIATION(sim-dma-regions): regions without a file, or that are read-only (ROMs), are noted and not reached.
-        """
+        """Enter `size` bytes of a memory file from `offset` on at `iova`. The descriptor stays the caller's."""
+        # DEVIATION(sim-dma-regions): regions without a file, or that are read-only (ROMs), are noted and not reached.
         if len(self._regions) == MAX_MAPPINGS:
             raise UsageError(f"more than {MAX_MAPPINGS} DMA regions")
         if size <= 0 or iova + size > 1 << 64 or any(

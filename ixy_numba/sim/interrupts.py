@@ -152,7 +152,6 @@ class Interrupts:
             multiple = self._multiple()
             if self.port:
                 (self._send_vectors if multiple else self._send_one)()
-                self._forget()
                 waiting = self._queue_mask & ~self._queue_causes & (NEVER if multiple else RTXQ)
                 self._state.armed = 0 if multiple and self._state.direct else waiting
 

@@ -85,8 +85,22 @@ class Model:
             return int(visit(self.state, U(now), U(time_ns), U(frames)))
 
     def service(self):
-        """What the engine asked for by `state.attention`: interrupts."""
+        """What the engine asked for by `state.attention`: queues to be switched, interrupts."""
+        if self.state.watched:
+            self._take_notice()
         self.interrupts.deliver()
+
+    def watch(self, on):
+        """Somebody maps the queues' registers, so that writes to them come past `write`."""
+        self.state.watched = on
+
+    def _take_notice(self):
+        """Do for mapped queues what a write of RXDCTL or TXDCTL does."""
+        with self.held() as state:
+            for direction, first in (("rx", r.RX_QUEUE), ("tx", r.TX_QUEUE)):
+                controls = self._word[(first + 0x28) // 4 :: r.QUEUE_STRIDE // 4][: r.QUEUES]
+                for queue in np.flatnonzero(controls != state[direction]["control"][: r.QUEUES]):
+                    self._writes[first + int(queue) * r.QUEUE_STRIDE + 0x28](int(controls[queue]))
 
     # Registers
 
@@ -134,6 +148,7 @@ class Model:
             state["mta"] = state["reta"] = state["vfta"] = 0
             state.pending.waiting = state.outgoing.waiting = 0
             state.rx["enabled"] = state.tx["enabled"] = state.rx["vlan_strip"] = 0
+            state.rx["control"] = state.tx["control"] = 0
             self._list_queues()
             self._latch()
 
@@ -259,8 +274,6 @@ class Model:
     def _write_rdrxctl(self, value):
         self.set(r.RDRXCTL, value | r.RDRXCTL.DMAIDONE)
 
-    # DEVIATION(sim-flow-director): filters are taken and steer nothing.
-
     def _write_fdirctrl(self, value):
         self.set(m.FDIRCTRL, value | (m.FDIRCTRL.INIT_DONE if value & m.FDIRCTRL.PBALLOC else 0))
 
@@ -347,7 +360,7 @@ class Model:
         """RXDCTL or TXDCTL: a queue takes its ring over when it is switched on, and lets go of it at once when off."""
         low, high, length, _, head = (int(word) for word in self._word[block // 4 : block // 4 + 5])
         control = block // 4 + 10
-        if value & r.RXDCTL.ENABLE and not int(self._word[control]) & r.RXDCTL.ENABLE:
+        if value & r.RXDCTL.ENABLE and not int(queue.control) & r.RXDCTL.ENABLE:
             queue.ring, queue.length = low & ~0x7F | high << 32, (length & 0xFFF80) // 16
             queue.head = head if head < queue.length else 0
             if "tail" in queue.dtype.names:
@@ -356,7 +369,7 @@ class Model:
                 head_low, head_high = (int(word) for word in self._word[block // 4 + 14 : block // 4 + 16])
                 queue.head_at = (head_low & ~3 | head_high << 32) if head_low & r.TDWBAL.HEAD_WB_EN else 0
                 queue["context"] = 0
-        self._word[control] = value
+        self._word[control] = queue.control = value
         if self.state.outgoing.queue == queue.registers and not value & r.TXDCTL.ENABLE:
             self.state.outgoing.waiting = 0
         queue.enabled = bool(value & r.RXDCTL.ENABLE and queue.length)

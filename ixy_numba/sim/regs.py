@@ -43,7 +43,8 @@ DMATXCTL_VT = bits(31, 16)
 DTXTCPFLGL = reg(0x04A88, at="8.2.3.9", FIRST=bits(11, 0), MIDDLE=bits(27, 16))
 DTXTCPFLGH = reg(0x04A8C, at="8.2.3.9", LAST=bits(11, 0))
 
-# Flow director, 8.2.3.17: commands are taken and have no effect
+# Flow director, 8.2.3.17
+# DEVIATION(sim-absent): filters are taken and steer nothing; what else is absent has no registers here at all.
 FDIRCTRL = reg(0x0EE00, at="8.2.3.17", PBALLOC=bits(1, 0), INIT_DONE=bit(3))
 FDIRCMD = reg(0x0EE2C, at="8.2.3.17", CMD=bits(1, 0))
 

@@ -50,9 +50,10 @@ RX_QUEUE = np.dtype(_words(
     "registers",  # address of the queue's block in BAR 0
     "buffer", "drop", "legacy", "counters",  # SRRCTL, RQSMR
     "vlan_strip", "cause",  # RXDCTL.VME; the bit of `happened` that IVAR gives it
+    "control",  # RXDCTL or TXDCTL as last taken notice of
 ))
 TX_QUEUE = np.dtype([*_words(
-    "enabled", "ring", "length", "head", "registers", "counters", "cause",
+    "enabled", "ring", "length", "head", "registers", "counters", "cause", "control",
     "head_at",  # where the head is written back (iova); 0: done descriptors are instead
     "first", "next", "checked", "errors",  # sequence numbers at the sink
 ), ("context", "u8", (2, 2))])  # the two context descriptors that a queue remembers
@@ -70,6 +71,7 @@ DEVICE = np.dtype([
     # registers, as the engine needs them
     *_words("bar", "rx_on", "tx_on", "crc_strip", "jumbo", "max_frame", "min_frame", "tx_pad", "tx_crc"),
     *_words("vlan_type", "vlan_filter", "tx_vlan_type", "first_flags", "middle_flags", "last_flags"),
+    *_words("watched"),  # somebody maps the queues' registers: changes of RXDCTL and TXDCTL have to be looked for
     # interrupts: queue causes since last asked, those that Python wants to hear of at once, when else it does
     *_words("happened", "armed", "alarm", "now"),
     *_words("causes", "mask", "sent"),  # of the queues: one bit a vector

@@ -11,6 +11,7 @@ from ..core.raw import (
     load16,
     load64,
     load_acquire64,
+    store8,
     store16,
     store64,
     store_release64,
@@ -181,10 +182,14 @@ def read_tap(device, now):
             if n not in (0, -AGAIN, -IO_ERROR):
                 _fail(device, n)
             return
-        if U(n) == LONGEST:  # it was longer, and cut off
+        length = U(n)
+        if length == LONGEST:  # it was longer, and cut off
             device.wire[REFUSED] += ONE
-        else:
-            _commit(fifo, U(n), now)
+            continue
+        while length < device.min_frame:  # the MAC of a sender pads
+            store8(_slot(fifo, written) + U(16) + length, ZERO)
+            length += ONE
+        _commit(fifo, length, now)
 
 
 @kernel

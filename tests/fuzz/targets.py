@@ -175,7 +175,7 @@ def read_messages(data):
             assert mac is None or len(mac) == 6
             bus.accept_features(bus.offered_features())
             bus._hand_over(bus._channel)
-            bus._says_something()
+            bus._is_gone()
         finally:
             bus.close()
     assert len(os.listdir("/proc/self/fd")) == len(before), "file descriptors that the peer sent are left open"

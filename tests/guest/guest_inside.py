@@ -2,9 +2,15 @@
 
 import os
 import select
+import time
 
+import numpy as np
+
+from ixy_numba import alloc_batch, open_device, tx_batch
 from ixy_numba.bus.pci import open_bus
 from ixy_numba.core.memory import DmaMemory
+from ixy_numba.core.packet import resize
+from ixy_numba.core.pool import ADDRESS_SHIFT
 
 # Registers of the 82576, which QEMU's igb emulates (its datasheet, 8.8)
 STATUS, CTRL_EXT, EICS, EIMS, GPIE, EICR = 0x0008, 0x0018, 0x1520, 0x1524, 0x1514, 0x1580
@@ -35,3 +41,22 @@ def igb_dma(address):
         bus.unmap_dma(memory)
     memory.close()
     bus.close()
+
+
+def send_one(device):
+    batch = device.pools[0].batch()
+    alloc_batch(device.pool, batch, 1)
+    batch.packet[0] = resize(batch.packet[0], 60)
+    tx_batch(device.tx[0], batch, 0, 1)
+
+
+def send_from(address, bus_addr):
+    """Send a packet that the card is told to find at `bus_addr`, where nothing is mapped, and live on."""
+    with open_device(address) as device:
+        words = device.pool.table.word
+        words[:] = words % (np.uint64(1) << ADDRESS_SHIFT) + (np.uint64(int(bus_addr, 16)) << ADDRESS_SHIFT)
+        send_one(device)
+        time.sleep(1)  # the card may take its time; QEMU's reads nothing, and says nothing of it
+        device.check()
+    with open_device(address) as device:  # it was no harm to this process, nor to the card
+        print(f"alive, MAC {device.mac.hex(':')}")

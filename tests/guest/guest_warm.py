@@ -8,13 +8,14 @@ import sys
 import tempfile
 
 import numpy as np
+from guest_inside import send_one
 
 from ixy_numba import cli, device, fwd, pcap, pktgen
 from ixy_numba.bus import Bus
 from ixy_numba.bus.virtio import Notifier, VirtioTransport
 from ixy_numba.core.memory import ANY
 
-RING_SIZE = 256  # QEMU's
+RING_SIZE = 256  # of QEMU's virtio NICs
 
 
 class IdleBus(Bus, VirtioTransport):
@@ -31,6 +32,9 @@ class IdleBus(Bus, VirtioTransport):
 
     def offered_features(self):
         return 1 << 32  # VERSION_1
+
+    def queue_size(self, number, wanted):
+        return RING_SIZE
 
     def set_queue(self, number, addresses, vector=None):
         return Notifier()
@@ -60,7 +64,9 @@ open_bus = IdleBus
 if __name__ == "__main__":
     device.SCHEMES["idle"] = "guest_warm"
     with tempfile.NamedTemporaryFile() as file:
-        for app, words in ((fwd, ["--no-touch", "--ring-size", str(RING_SIZE), "--packets", "0", "idle", "idle"]),
+        for app, words in ((fwd, ["--no-touch", "--packets", "0", "idle", "idle"]),
                            (pktgen, ["--packets", "0", "idle"]), (pcap, ["idle", file.name, "0"])):
             if code := cli.main(app.run, words):
                 sys.exit(code)
+    with device.open_device("idle") as idle:
+        send_one(idle)

@@ -2,9 +2,7 @@
 
 import signal
 
-import pytest
 from guest_rig import NOBODY
-from guest_warm import RING_SIZE
 
 SATA = "0000:00:1f.2"
 TOTAL = "/proc/sys/vm/nr_hugepages"
@@ -53,17 +51,18 @@ def test_guest_vfio_without_an_iommu(plain):
     assert "virtio-pci)" in plain.tool("bind", "status", plain.nics[0])
 
 
-@pytest.mark.parametrize("first, bit", [(0, 1), (2, 2)], ids=["ports", "memory"])
-def test_guest_a_card_that_goes(plain, first, bit):
-    """Its registers read all ones, as those of a card do that was pulled out: here its decoders are off."""
-    nics = plain.nics[first : first + 2]
-    process = plain.start("ixy_numba.fwd", "--unbind", "--ring-size", RING_SIZE, *nics)
+def test_guest_a_card_that_goes(plain):
+    """Its ports read all ones, as those of a card do that was pulled out: here its decoder is off.
+
+    (QEMU reads memory that nobody decodes as zeros, which no real bus does.)
+    """
+    nics = plain.nics[:2]
+    process = plain.start("ixy_numba.fwd", "--no-touch", "--unbind", *nics)
     process.says("Mpps")
     config = f"/sys/bus/pci/devices/{nics[0]}/config"
     command = int(plain.shell(f"od -An -tu2 -j4 -N2 {config}"))
-    plain.shell(f"printf '\\{command & ~bit & 0xFF:03o}' | dd of={config} bs=1 seek=4 conv=notrunc")
-    line = process.end(1).refusal
-    assert f"{nics[0]}: the device is gone" in line
+    plain.shell(f"printf '\\{command & ~1 & 0xFF:03o}' | dd of={config} bs=1 seek=4 conv=notrunc")
+    assert f"{nics[0]}: the device is gone" in process.end(1).refusal
     plain.tool("bind", "restore", *nics)
 
 
@@ -84,7 +83,7 @@ def test_guest_status_of_all_cards(plain):
 def test_guest_a_forwarder_ends_at_once(plain):
     """Set up, told to end, closed: the cards are quiet and free for others."""
     nics = plain.nics[2:4]
-    process = plain.start("ixy_numba.fwd", "--unbind", "--ring-size", RING_SIZE, *nics)
+    process = plain.start("ixy_numba.fwd", "--no-touch", "--unbind", *nics)
     process.says("Mpps")
     process.end(0, stop=signal.SIGTERM)
     for nic in nics:

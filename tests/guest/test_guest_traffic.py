@@ -33,8 +33,8 @@ class Cards(NamedTuple):
         return self.machine.start(f"ixy_numba.{app}", *args, "--json", *["--unbind"] * (self.user is None),
                                   user=self.user)
 
-    def start_forwarding(self, *options):
-        process = self.start("fwd", "--no-touch", "--ring-size", RING_SIZE, *options, *self.nics)
+    def start_forwarding(self):
+        process = self.start("fwd", "--no-touch", *self.nics)
         process.says("Mpps")
         for wire in self.wires:
             wire.clear()
@@ -137,6 +137,7 @@ def test_guest_the_kernels_driver_takes_the_cards_back(cards):
     machine.shell(f"ip link add br0 type bridge forward_delay 0; {up} ip link set br0 up; sleep 1")
     refused = machine.app("pcap", "--unbind", cards.nics[0], "/tmp/none.pcap", code=1).refusal
     assert f"its interface {names[0]} is up" in refused, "an interface in use is left alone"
+    b.clear()
     frames = mixed_frames(200, seed=6)
     for frame in frames:
         a.send(frame)

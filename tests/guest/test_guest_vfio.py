@@ -25,6 +25,17 @@ def test_guest_memory_is_mapped_for_the_iommu_without_root(translated, igb):
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("mapped 2 pages from 0x")
 
 
+def test_guest_an_address_that_is_not_mapped_is_stopped_by_the_iommu(translated):
+    nic, page, address = translated.nics[0], "0x7000000000", "0x7000000800"
+    translated.tool("bind", "vfio", nic, "--user", NOBODY)
+    done = translated.start("guest_inside:send_from", nic, address, user=NOBODY).end()
+    assert done.out == "alive, MAC 52:54:00:00:00:01\n"
+    faults = [line for line in translated.shell("dmesg").splitlines() if "DMAR" in line and page in line]
+    assert faults, translated.shell("dmesg | tail -n 20")
+    assert all(nic.removeprefix("0000:") in line for line in faults)
+    translated.tool("bind", "restore", nic)
+
+
 def test_guest_a_card_without_a_driver_is_one_line(translated, igb):
     refusal = translated.app("pcap", igb, "/tmp/none.pcap", user=NOBODY, code=2).refusal
     assert f"{igb}: no driver for 8086:10c9" in refusal

@@ -13,6 +13,8 @@ import pytest
 from guest_rig import HERE, PATHS, Machine
 from guest_wire import until
 
+from ixy_numba.device import open_device
+from ixy_numba.sim.regs import NATIVE
 from tools import Refused, guest_parts
 
 HOST, GUEST, MAC = "10.99.0.1", "10.99.0.2", "02:00:00:99:00:02"
@@ -28,19 +30,27 @@ class Outside:
 
     def __init__(self, folder):
         self.name, self.trace = f"ixy-{os.getpid()}", folder / "trace"
-        self.socket, self._server = folder / "nic", None
+        self.socket, self._server, self._output = folder / "nic", None, folder / "server"
         subprocess.run(["ip", "netns", "add", self.name], check=True)
-        for command in ("ip link set lo up", "ip tuntap add tap0 mode tap", f"ip addr add {HOST}/24 dev tap0",
-                        "ip link set tap0 up"):
-            self.run(*command.split())
-        self._output = open(folder / "server", "w+")
-        self._server = self.start(sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
-                                  "--wire", f"tap=tap0,mac={MAC}", stdout=self._output, stderr=self._output)
+        try:
+            for command in ("ip link set lo up", "ip tuntap add tap0 mode tap", f"ip addr add {HOST}/24 dev tap0",
+                            "ip link set tap0 up"):
+                self.run(*command.split())
+            self._serve()
+        except BaseException:
+            self.close()
+            raise
+
+    def _serve(self):
+        with open(self._output, "w") as output:
+            self._server = self.start(
+                sys.executable, "-m", "ixy_numba.sim", "--listen", self.socket, "--trace", self.trace,
+                "--wire", f"tap=tap0,min_frame=60,mac={MAC}", stdout=output, stderr=output)
         until(lambda: "listening" in self.output() or self._server.poll() is not None, START_S, "the server")
         assert self._server.poll() is None, self.output()
 
     def output(self):
-        return Path(self._output.name).read_text()
+        return self._output.read_text()
 
     def command(self, *words):
         return ["ip", "netns", "exec", self.name, *map(str, words)]
@@ -55,7 +65,6 @@ class Outside:
         if self._server:
             self._server.terminate()
             self._server.wait(STEP_S)
-        self._output.close()
         subprocess.run(["ip", "netns", "del", self.name], check=True)
 
 
@@ -118,9 +127,10 @@ class Card:
         lines = self.shell(f"ethtool -S {self.name}").splitlines()[1:]
         return {name.strip(): int(value) for name, value in (line.rsplit(":", 1) for line in lines)}
 
-    def registers(self):
-        """{name: value} of `ethtool -d`."""
-        found = re.findall(r"^0x\w+: (\w+) +\(.*?\) +0x(\w+)$", self.shell(f"ethtool -d {self.name}"), re.M)
+    def registers(self, *names):
+        """{name: value} of these registers in `ethtool -d`."""
+        told = self.shell(f"ethtool -d {self.name} | grep -E '^0x[0-9A-Fa-f]+: ({'|'.join(names)}) '")
+        found = re.findall(r"^0x\w+: (\w+) +\(.*?\) +0x(\w+)$", told, re.M)
         return {name: int(value, 16) for name, value in found}
 
 
@@ -194,8 +204,8 @@ def test_linux_ixgbe_moves_tcp_with_offloads(outside, card, direction):
     assert len(ours) == FLOWS and ours == theirs
     after, given = card.statistics(), offloads_used(outside)[0] - given
     grown = {name: after[name] - before.get(name, 0) for name in after}
-    if direction == "out":  # far fewer descriptors than frames, though a frame would need a context descriptor too
-        assert grown["tx_pkts_nic"] > TRANSFER / 1514 and given < grown["tx_pkts_nic"] / 2
+    if direction == "out":  # fewer descriptors than frames, though each that is not segmented needs at least one
+        assert grown["tx_pkts_nic"] > TRANSFER / 1514 and given < grown["tx_pkts_nic"]
     else:
         assert grown["rx_pkts_nic"] > TRANSFER / 1514
         assert grown["rx_queue_0_packets"] and grown["rx_queue_1_packets"]
@@ -211,14 +221,15 @@ def test_linux_ixgbe_statistics_agree_with_each_other(card):
     assert counts["rx_packets"] == counts["rx_pkts_nic"] == counts["rx_queue_0_packets"] + counts["rx_queue_1_packets"]
     assert counts["tx_packets"] == counts["tx_pkts_nic"] == counts["tx_queue_0_packets"] + counts["tx_queue_1_packets"]
     assert counts["rx_bytes_nic"] == counts["rx_bytes"] + 4 * counts["rx_packets"]  # the CRC
-    assert counts["tx_bytes_nic"] == counts["tx_bytes"] + 4 * counts["tx_packets"]
+    padding = counts["tx_bytes_nic"] - counts["tx_bytes"] - 4 * counts["tx_packets"]
+    assert 0 <= padding < 18 * 100  # of ARP, which the card pads to 60 bytes
     for name in ("rx_errors", "rx_crc_errors", "rx_missed_errors", "tx_errors", "tx_timeout_count", "rx_length_errors",
                  "tx_restart_queue", "rx_no_buffer_count", "rx_over_errors"):
         assert counts[name] == 0, name
 
 
 def test_linux_ixgbe_registers_are_consistent(card):
-    registers = card.registers()
+    registers = card.registers("STATUS", "LINKS", "RAL00", "RAH00", "EIMS", "[RT]D(LEN|H|T)0[01]", "[RT]XDCTL0[01]")
     assert registers["STATUS"] == 1 << 19 | 1 << 7 and registers["LINKS"] >> 28 == 7
     assert registers["RDLEN00"] == registers["TDLEN00"] == 16 * RING_SIZE
     assert max(registers["RDH00"], registers["RDT00"]) < RING_SIZE and registers["RDH00"] != registers["RDT00"]
@@ -230,18 +241,28 @@ def test_linux_ixgbe_registers_are_consistent(card):
     assert registers["EIMS"] & 1 << 20  # the link's changes are interrupts
 
 
-def test_linux_ixgbe_tags_vlans_by_hardware(outside, card):
-    features = card.shell(f"ethtool -k {card.name}")
-    for name in ("rx-vlan-offload", "tx-vlan-offload", "rx-vlan-filter"):
-        assert f"{name}: on" in features
-    for run, interface, address in ((outside.run, "tap0", "10.98.0.1"),
-                                    (lambda *words: card.shell(" ".join(words)), card.name, "10.98.0.2")):
-        run("ip", "link", "add", "link", interface, "name", "tagged", "type", "vlan", "id", "77")
-        run("ip", "addr", "add", f"{address}/24", "dev", "tagged")
-        run("ip", "link", "set", "tagged", "up")
-    card.shell("ping -q -c 1 -W 10 10.98.0.1; ping -q -i 0.2 -c 3 -W 20 10.98.0.1 | grep -q ' 3 received'")
-    card.shell("ip link del tagged")
-    outside.run("ip", "link", "del", "tagged")
+def native(offset):
+    return NATIVE.get(offset, offset)
+
+
+def test_linux_ixgbe_writes_what_the_list_of_departures_explains(outside, card):
+    """The registers that it writes and our driver does not, and the other way round, are all in docs/deviations.md."""
+    words = (line.split() for line in outside.trace.read_text().splitlines())
+    theirs = {native(int(line[2], 16)) for line in words if len(line) == 5 and line[1] == "W"}
+    ours = set()
+    device = open_device("sim:frames=1", queues=2,
+                         trace=lambda kind, register, value: ours.add(native(register.offset)) if kind == "W" else None)
+    device.close()
+    text = (HERE.parents[1] / "docs" / "deviations.md").read_text().partition("## What Linux's driver writes")[2]
+    head, _, entries = text.partition("\n- ")
+    other_way = {int(offset, 16) for offset in re.findall(r"`([0-9A-F]{5})`", head)}
+    assert ours - theirs == other_way
+    explained = re.findall(r"`([0-9A-F]{5})`(?:–`([0-9A-F]{5})`)?", entries)
+    ranges = [(int(first, 16), int(last or first, 16)) for first, last in explained]
+    left = {offset for offset in theirs - ours if not any(first <= offset <= last for first, last in ranges)}
+    assert not left, sorted(f"{offset:05X}" for offset in left)
+    for first, last in ranges:
+        assert any(first <= offset <= last for offset in theirs - ours), f"{first:05X} is explained, but not written"
 
 
 def test_linux_ixgbe_sees_the_cable_pulled_and_plugged_in_again(outside, card):
@@ -254,6 +275,7 @@ def test_linux_ixgbe_sees_the_cable_pulled_and_plugged_in_again(outside, card):
 
 
 def test_linux_ixgbe_is_unloaded_and_loaded_again(card):
-    card.shell("rmmod ixgbe")
+    card.shell("modprobe -r ixgbe")
+    assert not card.shell(f"ls -d /sys/class/net/{card.name} 2>/dev/null || true")
     card.load()
     card.ping()

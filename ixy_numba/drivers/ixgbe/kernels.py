@@ -6,28 +6,28 @@ import numpy as np
 
 from ... import datapath, waiting
 from ...core import lifetime
+from ...core.integers import wrapping_sub
 from ...core.jit import kernel
 from ...core.mmio import likely, load_acquire, prefetch, store_doorbell
 from ...core.pool import (
     ADDRESS_SHIFT,
-    BUFFER_SIZE,
-    INDEX_MASK,
     LENGTH_MASK,
     LENGTH_SHIFT,
     ONE,
+    TOO_LONG,
     ZERO,
     PoolView,
     U,
+    index_of,
     leave,
     lend,
-    owns,
+    sendable,
     take,
     word_of,
 )
 from .descriptors import DATA, DD, EOP, ERROR, LENGTH, ONE_BUFFER, PAYLEN_SHIFT, RS, SENT
 
 STATUS = U(0xFFFFFFFF)
-TOO_LONG = U((0x10000 - BUFFER_SIZE) << 32)  # the bits of a length that is 2048 or more
 BLOCK = U(32)  # transmit descriptors that complete together: only the last of each block reports its status
 
 # The registers of one queue, mapped from BAR 0: kernels only ever write the tail.
@@ -71,26 +71,25 @@ def rx_batch(rxq, batch, limit):
     mask = U(len(ring.desc) - 1)
     i, top, n, seen = state.index & mask, table.top, ZERO, ZERO
     limit = min(U(limit), U(len(batch.packet)))
-    while seen < limit:
-        desc = ring.desc[i]
-        done = load_acquire(desc, "done")  # status and length in one read
-        if done & DD == ZERO:
-            break
-        if top == ZERO:
-            table.empty += ONE
-            break
-        index = rx_buffer(rxq, i)  # if there is nothing to hand out: the same buffer again
+    room = min(limit, top)
+    while seen < room:
+        done = load_acquire(ring.desc[i], "done")  # status and length in one read
+        index = rx_buffer(rxq, i)
         if likely(sound(done)):
+            n &= U(len(batch.packet) - 1)
             batch.packet[n] = index | (done & LENGTH) | lend(table, index)
+            index = take(table, wrapping_sub(top, n))
             n += ONE
-            index = take(table, top)
-            top -= ONE
-        else:
+        elif done & DD == ZERO:
+            break
+        else:  # there is nothing to hand out: the same buffer again
             state.errors += ONE
         i = rx_refill(rxq, i, index)
         seen += ONE
+    if seen == room and room < limit and load_acquire(ring.desc[i], "done") & DD != ZERO:
+        table.empty += ONE
     if seen != ZERO:
-        table.top, state.index = top, i
+        table.top, state.index = top - n, i
         store_doorbell(rxq.regs, "RDT", (i + mask) & mask)  # one short of i: tail == head would mean "no descriptors"
     lifetime.leave(state)
     return n
@@ -101,12 +100,6 @@ def sound(done):
     """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
     # In one comparison, of the length less 1 (modulo 2**16: an empty frame is then far too long).
     return ((done & (STATUS | LENGTH)) + LENGTH) & (DD | EOP | ERROR | TOO_LONG) == DD | EOP
-
-
-@kernel(inline=True)
-def fits(length):
-    """1 to 2048 bytes, in one comparison."""
-    return (length + LENGTH_MASK) & LENGTH_MASK < U(BUFFER_SIZE)
 
 
 @datapath.tx_batch.implement(TxQueue)
@@ -120,10 +113,9 @@ def tx_batch(txq, batch, first, end):
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
-        length = handle >> LENGTH_SHIFT & LENGTH_MASK
-        if likely(owns(txq.pool, handle) and fits(length)):
-            index = handle & INDEX_MASK
-            tail = tx_post(txq, tail, index, leave(table, index), length)
+        if likely(sendable(txq.pool, handle)):
+            index = index_of(table, handle)
+            tail = tx_post(txq, tail, index, leave(table, index), handle >> LENGTH_SHIFT & LENGTH_MASK)
         else:
             table.bad_handles += ONE
             last = min(end, last + ONE)  # it took no descriptor
@@ -196,7 +188,7 @@ def tx_space(txq):
     state, mask = txq.state, U(len(txq.ring.desc) - 1)
     tail, clean = state.tail & mask, state.clean & mask
     if (tail + mask + ONE - clean) & mask >= BLOCK:
-        clean = reclaim(txq, clean)
+        clean = reclaim(txq, clean) & mask
     return (clean + mask - tail) & mask
 
 
@@ -205,7 +197,8 @@ def reclaim(txq, clean):
     """Put the buffers of all blocks that the device has reported sent back into the pool; returns the new `clean`."""
     ring, state, table = txq.ring, txq.state, txq.pool.table
     mask = U(len(ring.desc) - 1)
-    while (state.tail + mask + ONE - clean) & mask >= BLOCK:
+    tail, clean = state.tail & mask, clean & mask
+    while (tail + mask + ONE - clean) & mask >= BLOCK:
         block, top = clean & ~(BLOCK - ONE), table.top
         if load_acquire(ring.desc[block + BLOCK - ONE], "command") & SENT == ZERO:
             break

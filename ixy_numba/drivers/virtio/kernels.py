@@ -21,16 +21,16 @@ from ...core.pool import (
     ADDRESS_SHIFT,
     BUFFER_SIZE,
     HEADROOM,
-    INDEX_MASK,
     LENGTH_MASK,
     LENGTH_SHIFT,
     ONE,
     ZERO,
     PoolView,
     U,
+    index_of,
     leave,
     lend,
-    owns,
+    sendable,
     take,
     word_of,
 )
@@ -144,12 +144,6 @@ def notify(state, doorbell):
         write_from(state.descriptor, state.word_address, state.width)
     else:
         write_at(state.descriptor, state.word_address, state.width, state.offset)
-
-
-@kernel(inline=True)
-def fits(length):
-    """1 to 2048 bytes, in one comparison."""
-    return (length + LENGTH_MASK) & LENGTH_MASK < FRAME_MAX
 
 
 # Receive
@@ -299,10 +293,9 @@ def tx_batch(txq, batch, first, end):
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]
-        length = handle >> LENGTH_SHIFT & LENGTH_MASK
-        if likely(owns(txq.pool, handle) and fits(length)):
-            index = handle & INDEX_MASK
-            tail = tx_post(txq, tail, index, leave(table, index), length)
+        if likely(sendable(txq.pool, handle)):
+            index = index_of(table, handle)
+            tail = tx_post(txq, tail, index, leave(table, index), handle >> LENGTH_SHIFT & LENGTH_MASK)
         else:
             table.bad_handles += ONE
             last = min(end, last + ONE)  # it took no slot

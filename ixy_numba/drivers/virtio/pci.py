@@ -103,7 +103,10 @@ class PciTransport(VirtioTransport):
         return []
 
     def check(self):
-        self._status()
+        status = self._status()
+        if not status & r.DRIVER_OK:
+            raise DeviceGoneError(f"{self.bus.name}: the device is gone, or somebody has reset it: its status reads "
+                                  f"{status:#x}")
 
 
 class Modern(PciTransport):
