@@ -11,11 +11,12 @@ import time
 
 from .core.errors import IxyError
 from .core.jit import MODE
-from .core.thread import KernelThread
+from .core.thread import AT_ONCE, KernelThread
 from .device import Statistics, mbit, open_devices
 from .forwarder import Forwarder
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+TICK_S, IDLE_TICK_S = 0.005, 0.05  # how often the main thread looks after a run; one that sleeps must cost little
 
 
 def parser(app, description, example):
@@ -101,7 +102,7 @@ def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, b
         report = Report(app, devices, as_json, stop, duration_s)
         with Forwarder(devices, handler, state=state, batch_size=batch_size, packets=packets,
                        in_place=in_place, interrupts=interrupts) as forwarder:
-            report.watch(forwarder, lambda: forwarder.finished, forwarder.check)
+            report.watch(forwarder, lambda: forwarder.finished, forwarder.check, IDLE_TICK_S if interrupts else TICK_S)
         forwarded, failed = forwarder.count("forwarded"), forwarder.count("failed")
         if failed:
             print(f"the handler failed on {failed} packets, which were dropped; the first: "
@@ -125,13 +126,13 @@ def run(handler, specs, **options):
 
 
 class Worker:
-    """A kernel that runs in a thread until `job.stop` is set: 1 = when it is done with its batch, 2 = at once.
+    """A kernel that runs in a thread until its stop word is set: 1 = when it is done with its batch, 2 = at once.
 
-    `tick` is called while waiting for its end; what that, or the kernel, raises is raised here.
+    `tick` is called while waiting for its end; what it or the kernel raises is raised here. `wake`: see KernelThread.
     """
 
-    def __init__(self, job, tick, kernel, *args):
-        self.job, self._tick, self._thread = job, tick, KernelThread(kernel, *args)
+    def __init__(self, tick, kernel, *args, wake=None):
+        self._tick, self._thread = tick, KernelThread(kernel, *args, wake=wake)
 
     def tick(self):
         self._tick()
@@ -151,13 +152,13 @@ class Worker:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.job.stop = 1
+        self._thread.tell(1)
         try:
             while self._thread.is_alive():
                 self._tick()
                 self._thread.join(0.005)
         except BaseException:
-            self.job.stop = 2
+            self._thread.tell(AT_ONCE)
             self._thread.join()
             raise
         if error is None:
@@ -173,8 +174,8 @@ class Report:
         self.out = sys.stderr if as_json else sys.stdout
         self._run = None
 
-    def watch(self, run, finished, tick):
-        """Print once a second until `finished()`, the duration, or a stop; calls `tick` every 5 ms.
+    def watch(self, run, finished, tick, period_s=TICK_S):
+        """Print once a second until `finished()`, the duration, or a stop; calls `tick` every `period_s` seconds.
 
         `run` has `began` and `ended` (time.monotonic()): a Forwarder or a Worker. The duration counts from `began`.
         """
@@ -199,7 +200,7 @@ class Report:
                     break
             if finished():
                 break
-            self.stop.wait(0.005)
+            self.stop.wait(period_s)
 
     @property
     def seconds(self):

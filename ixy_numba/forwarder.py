@@ -1,7 +1,6 @@
 """Run a handler between devices: one thread a queue, each with its own rings, pool and state."""
 
 import copy
-import os
 import time
 
 import numpy as np
@@ -70,8 +69,7 @@ class Forwarder:
         loop = in_place_loop if self.in_place else forward_loop
         wake = None
         if timeout_ms is not None:
-            wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            prepare(self.controls[k], wake, [device.events[k] for device in self.devices], timeout_ms)
+            wake = prepare(self.controls[k], [device.events[k] for device in self.devices], timeout_ms)
         return KernelThread(loop, rxqs, txqs, Lane(self.handler, self.states[k], self.controls[k]), wake=wake)
 
     def start(self):

@@ -17,9 +17,10 @@ from .core.pool import ONE, ZERO, U, free_batch
 from .core.raw import address_of
 from .datapath import rx_batch
 from .device import open_device
+from .waiting import WAIT, prepare, rest
 
 AT_ONCE = U(2)
-JOB = np.dtype([("stop", "u8"), ("budget", "u8"), ("written", "u8")])
+JOB = np.dtype([("stop", "u8"), ("budget", "u8"), ("written", "u8"), *WAIT])
 
 
 class Job(NamedTuple):
@@ -32,12 +33,13 @@ class Job(NamedTuple):
 @kernel
 def record(rxq, work):
     """Write received packets until job.stop is set or job.budget of them are written; waits while the file grows."""
-    job, batch, out, pool = work.job, work.batch, work.out, rxq.pool
+    job, batch, out, pool, idle = work.job, work.batch, work.out, rxq.pool, ZERO
     while load_acquire(job, "stop") == ZERO and job.written < job.budget:
         n = rx_batch(rxq, batch, min(U(64), job.budget - job.written))
         if n == ZERO:
-            pause()
+            idle = rest((rxq,), job, idle, job.written)
             continue
+        idle = ZERO
         time_ns = now_ns(work.clock)
         k = ZERO
         while k < n and load_acquire(job, "stop") != AT_ONCE:
@@ -58,6 +60,7 @@ def arguments():
     parser.add_argument("packets", nargs="?", type=cli.between(0, None), metavar="N", help="stop after N packets")
     parser.add_argument("--snaplen", type=cli.between(1, 262144), default=65535, metavar="BYTES",
                         help="bytes kept of each packet (default 65535)")
+    parser.add_argument("--interrupts", action="store_true", help="sleep while little arrives, until an interrupt")
     parser.add_argument("--duration", type=cli.between(0, None, float), metavar="S", help="stop after S seconds")
     return parser
 
@@ -65,11 +68,12 @@ def arguments():
 def run(argv, stop):
     args = arguments().parse_args(argv)
     with contextlib.ExitStack() as stack:
-        device = open_device(args.device, unbind=args.unbind)
+        device = open_device(args.device, interrupts=args.interrupts, unbind=args.unbind)
         stack.callback(device.close)
         writer = stack.enter_context(CaptureWriter(args.file, args.snaplen))
         job = new_record(JOB)
         job.budget = (1 << 64) - 1 if args.packets is None else args.packets
+        wake = prepare(job, device.events) if args.interrupts else None
         clock = Clock()
 
         def tick():
@@ -79,7 +83,7 @@ def run(argv, stop):
 
         report = cli.Report("pcap", [device], args.json, stop, args.duration)
         work = Job(job, clock.record, writer.out, device.pools[0].batch())
-        with cli.Worker(job, tick, record, device.rx[0], work) as worker:
+        with cli.Worker(tick, record, device.rx[0], work, wake=wake) as worker:
             report.watch(worker, lambda: worker.ended or (device.bus.finite and device.bus.finished), worker.tick)
         written = writer.frames
         mpps = cli.rate(written, report.seconds)

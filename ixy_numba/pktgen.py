@@ -100,7 +100,7 @@ def run(argv, stop):
 
         report = cli.Report("pktgen", [device], args.json, stop, args.duration)
         work = Job(job, clock.record, device.pools[0].batch())
-        with cli.Worker(job, tick, generate, device.tx[0], work) as worker:
+        with cli.Worker(tick, generate, device.tx[0], work) as worker:
             report.watch(worker, lambda: worker.ended is not None, worker.tick)
         sent = int(job.sent)
         wait_until_sent(device, sent)

@@ -1,5 +1,7 @@
 """What a loop does while nothing arrives: it spins, lets others have its processor, or sleeps until an interrupt."""
 
+import os
+
 from numba.extending import overload
 
 from .core.dispatch import verb
@@ -40,17 +42,19 @@ def rx_disarm(rxq):
     """No interrupts any more: the loop polls again."""
 
 
-def prepare(control, wake, events, timeout_ms=TIMEOUT_MS):
-    """Let a loop with this control record sleep, for `timeout_ms` at most.
+def prepare(control, events, timeout_ms=TIMEOUT_MS):
+    """Let a loop with this control record sleep until one of the eventfds `events` is written, and no longer than that.
 
-    It wakes when `wake` or one of the eventfds `events` is written; `events` are read empty, `wake` is not.
+    Returns another eventfd that ends a sleep: the `wake` of the loop's KernelThread.
     """
+    wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     files = [wake, *events]
     control.files = len(files)
     control.file["fd"][: len(files)], control.file["events"] = files, POLLIN
     base, fields = address_of(control), control.dtype.fields
     control.file_address, control.events_address = base + fields["file"][1], base + fields["events"][1]
     control.timeout_ms = timeout_ms
+    return wake
 
 
 @kernel

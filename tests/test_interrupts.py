@@ -387,8 +387,8 @@ def test_the_end_wakes_a_loop_that_sleeps(end):
 
 def test_a_busy_loop_does_not_sleep_in_its_short_silences():
     device = attach(Deaf(), pools=[Pool(256)])
-    control, handled, read, write = new_control(1, 32), U(1_000_000), *os.pipe()
-    prepare(control, read, device.events, timeout_ms=1)
+    control, handled = new_control(1, 32), U(1_000_000)
+    wake = prepare(control, device.events, timeout_ms=1)
     assert rest((device.rx[0],), control, SILENCE - ONE, handled) == SILENCE, "not yet a silence"
     silences = 0
     while rest((device.rx[0],), control, SILENCE, handled) == ZERO:
@@ -399,8 +399,7 @@ def test_a_busy_loop_does_not_sleep_in_its_short_silences():
     device.bus.receive(bytes(60))
     assert rest((device.rx[0],), control, SILENCE, handled) == ZERO and control.sleeps == 2, "a packet waits"
     device.close()
-    os.close(read)
-    os.close(write)
+    os.close(wake)
 
 
 def test_in_place_does_not_sleep_while_something_waits_to_be_sent():
@@ -505,6 +504,13 @@ def test_a_forwarder_needs_devices_with_interrupts():
     with pytest.raises(UsageError, match="a time-out of 0 ms: expected 1 to 10000"):
         Forwarder([device], send_back, timeout_ms=0)
     device.close()
+
+
+def test_a_capture_of_slow_traffic_is_written_asleep(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "ixy_numba.pcap", "--json", "--interrupts", "sim:gen=500", tmp_path / "out.pcap", "100"],
+        capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and json.loads(run.stdout.splitlines()[-1])["written_packets"] == 100
 
 
 def test_the_app_sleeps_and_ctrl_c_wakes_it():
