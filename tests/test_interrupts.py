@@ -320,6 +320,7 @@ def test_each_queue_wakes_its_own_thread():
     specs = ["sim:gen=2000,frames=200,flows=64,size=64", "sim:gen=2000,frames=200,flows=64"]
     with forwarding(specs, queues=3) as forwarder:
         wait_for(lambda: forwarder.count("forwarded") == 400, 60)
+        asleep(forwarder)
         assert all(control.forwarded and control.sleeps for control in forwarder.controls)
 
 
