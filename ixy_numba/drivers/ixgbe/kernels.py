@@ -76,7 +76,6 @@ def rx_batch(rxq, batch, limit):
         done = load_acquire(ring.desc[i], "done")  # status and length in one read
         index = rx_buffer(rxq, i)
         if likely(sound(done)):
-            n &= U(len(batch.packet) - 1)
             batch.packet[n] = index | (done & LENGTH) | lend(table, index)
             index = take(table, wrapping_sub(top, n))
             n += ONE
