@@ -453,11 +453,11 @@ def test_a_vhost_user_back_end_wakes_the_loop(tmp_path, features):
     with Backend(tmp_path / "s", features=features) as backend:
         devices = open_devices([f"vhost-user:{tmp_path}/s"], ring_size=64, queues=2, interrupts=True)
         backend.wait_ready()
-        with Forwarder(devices, send_back, interrupts=True) as forwarder:
+        forwarder = Forwarder(devices, send_back, interrupts=True)
+        for control in forwarder.controls:
+            control.timeout_ms = FOREVER_MS
+        with forwarder:
             wait_for(lambda: forwarder.began, 120)
-            for control in forwarder.controls:
-                control.timeout_ms = FOREVER_MS
-            wait_for(lambda: forwarder.count("sleeps") > 2, 60)  # one of the time-out as it was
             for k in range(60):
                 pair, frames = k % 2, [bytes([k, j]) * 30 for j in range(chance.choice((1, 2, 31)))]
                 if chance.random() < 0.3:
