@@ -371,7 +371,7 @@ def test_an_idle_loop_takes_less_than_a_fiftieth_of_a_core():
         wait_for(lambda: forwarder.count("sleeps") > 1, 60)
         assert share_of_a_core(forwarder) < 0.02
     with deaf(interrupts=False) as (forwarder, _):
-        assert share_of_a_core(forwarder) > 0.02, "what this test is about"
+        wait_for(lambda: share_of_a_core(forwarder) > 0.02, 60)  # what a loop that polls takes, if there is any to have
         assert forwarder.count("sleeps") == 0
 
 
