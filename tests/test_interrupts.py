@@ -371,7 +371,7 @@ def test_an_idle_loop_takes_less_than_a_fiftieth_of_a_core():
         wait_for(lambda: forwarder.count("sleeps") > 1, 60)
         assert share_of_a_core(forwarder) < 0.02
     with deaf(interrupts=False) as (forwarder, _):
-        assert share_of_a_core(forwarder) > 0.02, "what this test is about"
+        wait_for(lambda: share_of_a_core(forwarder) > 0.02, 60)  # what a loop that polls takes, if there is any to have
         assert forwarder.count("sleeps") == 0
 
 
@@ -453,11 +453,11 @@ def test_a_vhost_user_back_end_wakes_the_loop(tmp_path, features):
     with Backend(tmp_path / "s", features=features) as backend:
         devices = open_devices([f"vhost-user:{tmp_path}/s"], ring_size=64, queues=2, interrupts=True)
         backend.wait_ready()
-        with Forwarder(devices, send_back, interrupts=True) as forwarder:
+        forwarder = Forwarder(devices, send_back, interrupts=True)
+        for control in forwarder.controls:
+            control.timeout_ms = FOREVER_MS
+        with forwarder:
             wait_for(lambda: forwarder.began, 120)
-            for control in forwarder.controls:
-                control.timeout_ms = FOREVER_MS
-            wait_for(lambda: forwarder.count("sleeps") > 2, 60)  # one of the time-out as it was
             for k in range(60):
                 pair, frames = k % 2, [bytes([k, j]) * 30 for j in range(chance.choice((1, 2, 31)))]
                 if chance.random() < 0.3:
