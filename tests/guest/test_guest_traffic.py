@@ -131,9 +131,9 @@ def test_guest_pcap_writes_every_frame(cards):
 def test_guest_killed_in_mid_traffic_it_starts_again(cards):
     huge_pages = cards.free_huge_pages()
     process = cards.start_forwarding()
-    a, b = cards.wires
+    (a, b), frames = cards.wires, mixed_frames(500, seed=4)
     b.clear()
-    assert_same(carry(a, b, mixed_frames(500, seed=4), WINDOW), mixed_frames(500, seed=4))
+    assert_same(carry(a, b, frames, WINDOW), frames)
     for frame in mixed_frames(WINDOW, seed=5):
         a.send(frame)
     process.kill()  # with frames in its rings
