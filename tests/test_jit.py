@@ -382,6 +382,16 @@ def test_a_full_disk_only_warns(project):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100
 
 
+def test_a_directory_that_lets_nothing_be_removed_only_warns(project):
+    """As one of another user's does, and for every user one that is a file by now."""
+    project.write("replaced.py", "import runpy\nfrom ixy_numba.core.jit import cache_directory\n"
+                  "cache_directory().rmdir()\ncache_directory().touch()\n"
+                  "runpy.run_path('main.py', run_name='__main__')\n")
+    words, errors = project.run("replaced.py")
+    assert [int(word) for word in words] == [SUM, 1, 0, 200001, 1, 0]
+    assert errors.count("cannot save compiled kernels in") == 1 and "Not a directory" in errors
+
+
 def test_processes_that_save_at_once(project):
     """Each compiles for another type at the same time; none gets the other's code."""
     project.write("many.py", """

@@ -242,7 +242,8 @@ class _KernelCache(caching.NullCache):
             fresh.write_bytes(hashlib.sha256(payload).digest() + payload)
             fresh.replace(path)
         except OSError as error:
-            fresh.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a directory that another user owns
+                fresh.unlink(missing_ok=True)
             _warn(f"cannot save compiled kernels in {cache_directory()}: {error.strerror}")
 
 

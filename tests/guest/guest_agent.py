@@ -1,7 +1,8 @@
 """Runs in the guest as root, with the package imported once: starts apps as forked processes for the tests outside.
 
 Requests and answers are lines of JSON on a virtio serial port. A forked child is a process like any other, with its own
-user, signals and exit code, but need not import Numba, which takes the emulated processor ten seconds.
+user, signals and exit code, but need not import Numba, which takes the emulated processor ten seconds. Where the very
+command line is to be seen to work, the child becomes an interpreter of its own.
 """
 
 import importlib
@@ -20,11 +21,14 @@ from ixy_numba.core.jit import cache_directory
 from tools import bind, main  # noqa: F401
 
 SHARE = "/run/guest"
+PROGRAM = "python -m "
 children = {}  # pid: exit code, once it has ended
 
 
 def start(target, args, user):
-    """Fork; the child runs `target` with `args`: an app, a tool, or a function `module:name`. Its pid names its files.
+    """Fork; the child runs `target` with `args`: an app, a tool, a function `module:name`, or `python -m module`.
+
+    Its pid names its files.
     """
     pid = os.fork()
     if pid == 0:
@@ -54,6 +58,8 @@ def become(user):
 
 
 def run(target, args):
+    if target.startswith(PROGRAM):
+        os.execv(sys.executable, [sys.executable, "-m", target.removeprefix(PROGRAM), *args])
     name, _, function = target.partition(":")
     module = importlib.import_module(name)
     try:

@@ -51,6 +51,11 @@ def test_guest_vfio_without_an_iommu(plain):
     assert "virtio-pci)" in plain.tool("bind", "status", plain.nics[0])
 
 
+def test_guest_interrupts_without_vfio(plain):
+    assert "bind the device to vfio-pci" in refused(plain, "--unbind", "--interrupts", plain.nics[2])
+    plain.tool("bind", "restore", plain.nics[2])
+
+
 def test_guest_a_card_that_goes(plain):
     """Its ports read all ones, as those of a card do that was pulled out: here its decoder is off.
 

@@ -29,16 +29,20 @@ class Cards(NamedTuple):
     wires: list[Wire]
     user: int | None
 
-    def start(self, app, *args):
-        return self.machine.start(f"ixy_numba.{app}", *args, "--json", *["--unbind"] * (self.user is None),
-                                  user=self.user)
+    def start(self, app, *args, forked=True):
+        """Start an app; not forked, by its very command line: `python -m ixy_numba.APP …`."""
+        return self.machine.start(f"{'' if forked else 'python -m '}ixy_numba.{app}", *args, "--json",
+                                  *["--unbind"] * (self.user is None), user=self.user)
 
-    def start_forwarding(self):
-        process = self.start("fwd", "--no-touch", *self.nics)
+    def start_forwarding(self, *options, forked=True):
+        process = self.start("fwd", "--no-touch", *options, *self.nics, forked=forked)
         process.says("Mpps")
-        for wire in self.wires:
-            wire.clear()
         return process
+
+    def interrupts(self):
+        """How many MSI-X interrupts of each NIC have arrived at VFIO, while a process has them enabled."""
+        lines = self.machine.shell("cat /proc/interrupts").splitlines()
+        return [sum(int(line.split()[1]) for line in lines if f"vfio-msix[0]({nic})" in line) for nic in self.nics]
 
     def free_huge_pages(self):
         return self.machine.shell("grep -E 'HugePages_(Free|Total)' /proc/meminfo")
@@ -55,25 +59,44 @@ def cards(request):
     machine.tool("bind", "restore", *nics)
 
 
-def check_both_ways(cards, process, frames=FRAMES):
-    """All frames arrive on the other side, in order and unchanged, and the app counts the same."""
+def check_both_ways(cards, process, frames=FRAMES, before=()):
+    """All frames arrive on the other side, in order and unchanged, and the app counts the same.
+
+    `before`: frames that it has carried each way already.
+    """
     there, back = mixed_frames(frames, seed=1), mixed_frames(frames, seed=2)
+    for wire in cards.wires:
+        wire.clear()
     a, b = cards.wires
     out_of_b, out_of_a = carry_both_ways(a, b, there, back, WINDOW)
     process.end(stop=signal.SIGINT)
     assert_same(out_of_b, there)
     assert_same(out_of_a, back)
-    summary = process.summary
-    assert summary["forwarded_packets"] == 2 * frames
+    summary, there, back = process.summary, [*before, *there], [*before, *back]
+    assert summary["forwarded_packets"] == len(there) + len(back)
     for port, received, sent in zip(summary["ports"], (there, back), (back, there), strict=True):
         assert not port["simulated"] and port["driver"] == "virtio"
-        assert (port["rx_packets"], port["rx_bytes"]) == (frames, sum(map(len, received)))
-        assert (port["tx_packets"], port["tx_bytes"]) == (frames, sum(map(len, sent)))
+        assert (port["rx_packets"], port["rx_bytes"]) == (len(received), sum(map(len, received)))
+        assert (port["tx_packets"], port["tx_bytes"]) == (len(sent), sum(map(len, sent)))
         assert port["rx_errors"] == port["rx_dropped"] == port["tx_dropped"] == 0
 
 
 def test_guest_fwd_carries_every_frame_both_ways(cards):
-    check_both_ways(cards, cards.start_forwarding())
+    check_both_ways(cards, cards.start_forwarding(forked=False))
+
+
+@pytest.mark.parametrize("cards", ["modern-vfio"], indirect=True)
+def test_guest_fwd_sleeps_until_an_interrupt(cards):
+    """Frames that come after a pause raise MSI-X interrupts and are carried; under load none is lost."""
+    (a, b), frames = cards.wires, mixed_frames(10, seed=7)
+    process = cards.start_forwarding("--interrupts", forked=False)
+    for frame in frames:
+        for source, target in ((a, b), (b, a)):
+            target.clear()  # which takes longer than the forwarder takes to fall asleep
+            assert carry(source, target, [frame], WINDOW) == [frame]
+    assert all(cards.interrupts()), cards.machine.shell("cat /proc/interrupts")
+    check_both_ways(cards, process, before=frames)
+    assert process.summary["interrupts"] and process.summary["sleeps"]
 
 
 def test_guest_pktgen_sends_numbered_packets(cards):
@@ -94,7 +117,8 @@ def test_guest_pktgen_sends_numbered_packets(cards):
 
 def test_guest_pcap_writes_every_frame(cards):
     frames, file = mixed_frames(FRAMES, seed=3), f"/tmp/{cards.nics[0]}.pcap"
-    process = cards.start("pcap", cards.nics[0], file, FRAMES)
+    options = [] if cards.user is None else ["--interrupts"]  # which are VFIO's
+    process = cards.start("pcap", cards.nics[0], file, FRAMES, *options)
     process.says("Mpps")
     for frame in frames:
         cards.wires[0].send(frame)  # QEMU waits with what the receive ring has no room for
@@ -107,8 +131,9 @@ def test_guest_pcap_writes_every_frame(cards):
 def test_guest_killed_in_mid_traffic_it_starts_again(cards):
     huge_pages = cards.free_huge_pages()
     process = cards.start_forwarding()
-    a, b = cards.wires
-    carry(a, b, mixed_frames(500, seed=4), WINDOW)
+    (a, b), frames = cards.wires, mixed_frames(500, seed=4)
+    b.clear()
+    assert_same(carry(a, b, frames, WINDOW), frames)
     for frame in mixed_frames(WINDOW, seed=5):
         a.send(frame)
     process.kill()  # with frames in its rings
