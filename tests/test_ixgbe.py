@@ -52,7 +52,7 @@ def test_set_up_does_the_datasheets_steps_in_order():
     trace = []
     device = attach(manual(), queues=2, trace=lambda way, register, value: trace.append((way, register.name, value)))
     order = [("W", "EIMC", 0x7FFFFFFF), ("W", "CTRL", 0x04000008), ("W", "EIMC", 0x7FFFFFFF), ("R", "EEC", None),
-             ("R", "RDRXCTL", None), ("W", "AUTOC", None), ("R", "CRCERRS", None), ("W", "FCTRL", None),
+             ("R", "RDRXCTL", None), ("W", "AUTOC", None), ("R", "CRCERRS", None), ("W", "FCTRL", 0x700),
              ("W", "SRRCTL[1]", None), ("W", "RXCTRL", 1), ("W", "RTTDCS", None), ("W", "DMATXCTL", 0x81000001),
              ("W", "TXDCTL[0]", None), ("W", "RXDCTL[0]", None), ("W", "RDT[0]", 63), ("W", "RDT[1]", 63)]
     at = 0

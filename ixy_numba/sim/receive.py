@@ -46,6 +46,7 @@ from .state import (
     ZERO,
     U,
     reach,
+    write_dma,
 )
 from .wire import crc32, front, generate, pop, read_tap, ripe
 
@@ -86,11 +87,8 @@ def legacy_status(status):
 def write_back(device, queue, descriptor, address, length, last):
     """Data of one descriptor to its buffer, then status and length. The buffer's address faults: the data is lost."""
     frame = device.pending
-    target, reachable = reach(device, RX_DATA, load64(descriptor))
-    if reachable < length:
+    if not write_dma(device, RX_DATA, load64(descriptor), address, length):
         device.wire[DMA_FAULTS] += ONE  # a posted write: nobody tells the device
-    else:
-        copy(target, address, length)
     if queue.legacy:
         status = LEGACY_DD_EOP | legacy_status(frame.status) | frame.vlan << SHIFT48 if last else DD << SHIFT32
         store_release64(descriptor + U(8), status | (LEGACY_CRC_ERROR if frame.bad else ZERO) | length)
@@ -327,10 +325,12 @@ def burst(device, n):
     for k in range(n):
         descriptor = ring + (U(k) << U(4))
         target, reachable = reach(device, RX_DATA, load64(descriptor))
-        if reachable < size:
-            device.wire[DMA_FAULTS] += ONE
-        else:
+        if reachable >= size:
             generate(device, target, sequence, flow)
+        else:  # over the end of a mapping
+            generate(device, device.segment_at, sequence, flow)
+            if not write_dma(device, RX_DATA, load64(descriptor), device.segment_at, size):
+                device.wire[DMA_FAULTS] += ONE
         if queue.legacy == ZERO:
             store64(descriptor, device.plain_type)
         store_release64(descriptor + U(8), status)

@@ -5,6 +5,7 @@ import numpy as np
 from ..core.capture import OUT
 from ..core.jit import kernel
 from ..core.mmio import fence, load_acquire, pause, store_release
+from ..core.raw import copy
 
 U = np.uint64
 ZERO, ONE = U(0), U(1)
@@ -173,3 +174,31 @@ def reach(device, use, iova):
         device.recent[use] = found
         mapping = device.mapping[found]
     return mapping.address + (iova - mapping.iova), mapping.end - iova
+
+
+@kernel
+def read_dma(device, use, iova, target, length):
+    """Copy `length` bytes from the device's `iova`, over as many mappings as they span; False where one is missing."""
+    done = ZERO
+    while done < length:
+        source, reachable = reach(device, use, iova + done)
+        if reachable == ZERO:
+            return False
+        piece = min(length - done, reachable)
+        copy(target + done, source, piece)
+        done += piece
+    return True
+
+
+@kernel
+def write_dma(device, use, iova, source, length):
+    """Copy `length` bytes to the device's `iova`, over as many mappings as they span; False where one is missing."""
+    done = ZERO
+    while done < length:
+        target, reachable = reach(device, use, iova + done)
+        if reachable == ZERO:
+            return False
+        piece = min(length - done, reachable)
+        copy(target, source + done, piece)
+        done += piece
+    return True

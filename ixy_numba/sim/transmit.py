@@ -2,7 +2,6 @@
 
 from ..core.jit import kernel
 from ..core.raw import (
-    copy,
     load8,
     load64,
     load_acquire32,
@@ -30,6 +29,7 @@ from .state import (
     ZERO,
     U,
     reach,
+    read_dma,
 )
 from .wire import SENT, check_sequence, emit
 
@@ -141,10 +141,8 @@ def assemble(device, queue, head, pending):
         if command & DEXT and kind != DATA or length == ZERO or total + length > LONGEST:
             damaged = True
         else:
-            source, reachable = reach(device, TX_DATA, load64(descriptor))
-            if reachable < length:
+            if not read_dma(device, TX_DATA, load64(descriptor), device.tx_scratch_at + total, length):
                 return _halt(device, queue)
-            copy(device.tx_scratch_at + total, source, length)
             total += length
         if command & EOP or kind != DATA and command & DEXT:
             context = queue.context[out.command >> U(36) & ONE]

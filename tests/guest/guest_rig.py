@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 PATHS = f"{HERE.parents[1]}:{HERE}"  # where Python finds the package, the tools and the tests' own modules
 BOOT_S, STEP_S = 240, 240  # hangs, not slow machines
 NOBODY = 65534
+MEMORY, VFIO_USER_SLOT = "2G", 0x18  # of a guest with devices that are served; the first of these on the root bus
 
 
 class Machine:
@@ -134,3 +135,18 @@ class Process:
         lines = self.errors.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.errors
         return lines[0]
+
+
+def vfio_user(*sockets):
+    """QEMU's arguments for devices served on these sockets, and for memory that their servers can map."""
+    words = ["-object", f"memory-backend-memfd,id=ram,size={MEMORY},share=on", "-machine", "memory-backend=ram",
+             "-smp", "2"]
+    for k, path in enumerate(sockets):
+        words += ["-device", f'{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{path}"}},'
+                  f'"addr":"{VFIO_USER_SLOT + k:#x}"}}']
+    return words
+
+
+def vfio_user_address(k):
+    """The PCI address in the guest of device `k` of `vfio_user`."""
+    return f"0000:00:{VFIO_USER_SLOT + k:02x}.0"

@@ -1,7 +1,7 @@
 """Compiles here, on the host, what the guest will run: an emulated processor takes minutes for that.
 
-The kernels of the virtio driver have the same types on every transport, so an idle device of no transport will do.
-Run as a program, with the environment of `tools.guest.portable_kernels`.
+A driver's kernels have the same types on every transport: for virtio an idle device of no transport will do, for ixgbe
+the simulated one. Run as a program with one of SPECS, in the environment of `tools.guest.portable_kernels`.
 """
 
 import sys
@@ -16,6 +16,7 @@ from ixy_numba.bus.virtio import Notifier, VirtioTransport
 from ixy_numba.core.memory import ANY
 
 RING_SIZE = 256  # of QEMU's virtio NICs
+SPECS = VIRTIO, IXGBE = "idle", "sim"
 
 
 class IdleBus(Bus, VirtioTransport):
@@ -61,12 +62,22 @@ class IdleBus(Bus, VirtioTransport):
 
 open_bus = IdleBus
 
+
+def warm(spec):
+    """The exit code of the first app that fails, or 0."""
+    forward = ["--no-touch", "--packets", "0", spec, spec]
+    with tempfile.NamedTemporaryFile() as file:
+        runs = [(fwd, forward), (pktgen, ["--packets", "0", spec]), (pcap, [spec, file.name, "0"])]
+        if spec == IXGBE:
+            runs += [(fwd, ["--interrupts", *forward])]
+        for app, words in runs:
+            if code := cli.main(app.run, words):
+                return code
+    with device.open_device(spec) as opened:
+        send_one(opened)
+    return 0
+
+
 if __name__ == "__main__":
     device.SCHEMES["idle"] = "guest_warm"
-    with tempfile.NamedTemporaryFile() as file:
-        for app, words in ((fwd, ["--no-touch", "--packets", "0", "idle", "idle"]),
-                           (pktgen, ["--packets", "0", "idle"]), (pcap, ["idle", file.name, "0"])):
-            if code := cli.main(app.run, words):
-                sys.exit(code)
-    with device.open_device("idle") as idle:
-        send_one(idle)
+    sys.exit(warm(*sys.argv[1:]))

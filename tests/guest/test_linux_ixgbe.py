@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from guest_rig import HERE, PATHS, Machine
+from guest_rig import HERE, PATHS, Machine, vfio_user, vfio_user_address
 from guest_wire import until
 
 from ixy_numba.device import open_device
@@ -18,8 +18,7 @@ from ixy_numba.sim.regs import NATIVE
 from tools import Refused, guest_parts
 
 HOST, GUEST, MAC = "10.99.0.1", "10.99.0.2", "02:00:00:99:00:02"
-MEMORY, SLOT = "2G", 0x18
-ADDRESS = f"0000:00:{SLOT:02x}.0"
+ADDRESS = vfio_user_address(0)
 START_S, STEP_S = 600, 60  # hangs, not slow machines: the kernels may have to be compiled
 TRANSFER, FLOWS = 24 << 20, 16
 RING_SIZE = 512
@@ -66,16 +65,6 @@ class Outside:
             self._server.terminate()
             self._server.wait(STEP_S)
         subprocess.run(["ip", "netns", "del", self.name], check=True)
-
-
-def vfio_user(*sockets):
-    """QEMU's arguments for devices served on these sockets, and for memory that their servers can map."""
-    words = ["-object", f"memory-backend-memfd,id=ram,size={MEMORY},share=on", "-machine", "memory-backend=ram",
-             "-smp", "2"]
-    for k, path in enumerate(sockets):
-        words += ["-device", f'{{"driver":"vfio-user-pci","socket":{{"type":"unix","path":"{path}"}},'
-                  f'"addr":"{SLOT + k:#x}"}}']
-    return words
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ class Ixgbe(Device):
         setup.wait_for_dma(regs)
         setup.init_link(regs)
         setup.clear_counters(regs)
+        setup.set_promiscuous(regs, self.promiscuous)  # before the first frame: a filter would drop it
         setup.init_receive(regs, [(iova, self.ring_size) for _, iova in rx_rings], self.RX_DESCRIPTORS)
         setup.init_transmit(regs, [(iova, self.ring_size) for _, iova in tx_rings])
         if self.events:
@@ -60,7 +61,6 @@ class Ixgbe(Device):
         for k in range(self.queues):
             setup.start_transmit_queue(regs, k)
             setup.start_receive_queue(regs, k, self.ring_size)
-        setup.set_promiscuous(regs, self.promiscuous)
 
     def _take_rings(self):
         """Memory for the rings: a (record, device address) per receive queue, and per transmit queue."""
