@@ -31,7 +31,8 @@ MUTANTS = {
     "RDH is frozen": (
         "receive", "store_release32(queue.registers + RDH, queue.head)", "pass", "receive", "one_descriptor"),
     "memory behind a mapping is reached": (
-        "receive", "    if reachable < length:", "    if reachable == ZERO:", "receive", "mapped or reach or map"),
+        "state", "return mapping.address + (iova - mapping.iova), mapping.end - iova",
+        "return mapping.address + (iova - mapping.iova), mapping.end + iova", "receive", "mapped or reach or map"),
     "a frame for somebody else is accepted": (
         "mac", "    if not passes:\n", "    if False:\n", "receive", "address or filter or unicast"),
     "the multicast table is read one bit off": (
@@ -84,7 +85,7 @@ MUTANTS = {
         "interrupts", "                self._forget()", "                pass", "interrupts", "auto_mask or moderated"),
     "moderation is ignored": ("interrupts", "if now < self._next[vector]:", "if False:", "interrupts", "moderation"),
     "moderation loses a message": (
-        "interrupts", "self._state.alarm = min(int(self._state.alarm), self._next[vector])", "pass", "interrupts",
+        "interrupts", "self._state.alarm = min(int(self._state.alarm), int(self._next[vector]))", "pass", "interrupts",
         "moderat"),
     "reading the causes does not clear them": (
         "interrupts", "            self._clear_causes(ALL_ONES & ~kept)", "            pass", "interrupts", "reading"),
