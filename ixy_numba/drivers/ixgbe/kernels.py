@@ -83,6 +83,7 @@ def rx_batch(rxq, batch, limit):
             break
         else:  # there is nothing to hand out: the same buffer again
             state.errors += ONE
+            room = min(limit, room + ONE)
         i = rx_refill(rxq, i, index)
         seen += ONE
     if seen == room and room < limit and load_acquire(ring.desc[i], "done") & DD != ZERO:
