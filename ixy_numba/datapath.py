@@ -19,15 +19,28 @@ from numba import types
 from numba.core.errors import NumbaError
 from numba.extending import NativeValue, models, overload, register_model, typeof_impl, unbox
 
+from .core import lifetime
 from .core.dispatch import dispatched, verb
 from .core.errors import ClosedError, UsageError
 from .core.integers import wrapping_sub
 from .core.jit import OPTIONS, fingerprint, kernel, module_of
-from .core.lifetime import CLOSED, any_closed, occupy
 from .core.memory import new_record
 from .core.mmio import cycles, likely, load_acquire
 from .core.packet import packet_type, view
-from .core.pool import ADDRESS_SHIFT, BUFFER_SIZE, ONE, ZERO, U, take, word_of
+from .core.pool import (
+    ADDRESS_SHIFT,
+    BUFFER_SIZE,
+    LENGTH_MASK,
+    LENGTH_SHIFT,
+    ONE,
+    ZERO,
+    U,
+    index_of,
+    leave,
+    sendable,
+    take,
+    word_of,
+)
 from .waiting import MAX_PORTS, WAIT, rest
 
 EMPTY = U(1 << 16)  # what rx_next says instead of a length; 16 bits of a descriptor cannot be mistaken for it
@@ -51,7 +64,8 @@ def tx_batch(txq, batch, first, end):
     """Send packets batch.packet[first:end] in order; returns the index of the first one NOT taken.
 
     Those from the returned index on stay the caller's (the ring is full): try again or free them. Handles that are not
-    the caller's packets are counted in the pool's `bad_handles` and skipped.
+    the caller's packets are counted in the pool's `bad_handles` and skipped. Buffers of packets sent before return to
+    the pool first.
     """
 
 
@@ -111,6 +125,29 @@ def tx_post(txq, position, index, bus_addr, length):
 @verb
 def tx_finish(txq, position):
     """Hand all filled descriptors before `position` to the device."""
+
+
+@kernel
+def send_batch(txq, batch, first, end):
+    """`tx_batch` in those steps: what drivers register, unless theirs has a better way."""
+    table = txq.pool.table
+    lifetime.enter(txq.state)
+    size = U(len(batch.packet))
+    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
+    last = min(end, k + tx_space(txq))
+    while k < last:
+        handle = batch.packet[k]
+        if likely(sendable(txq.pool, handle)):
+            index = index_of(table, handle)
+            tail = tx_post(txq, tail, index, leave(table, index), handle >> LENGTH_SHIFT & LENGTH_MASK)
+        else:
+            table.bad_handles += ONE
+            last = min(end, last + ONE)  # it took no descriptor
+        k += ONE
+    if tail != txq.state.tail:
+        tx_finish(txq, tail)
+    lifetime.leave(txq.state)
+    return k
 
 
 # ---- handlers
@@ -245,10 +282,10 @@ def forward_loop(rxqs, txqs, lane):
     """
     control = lane.control
     now, idle, closed = cycles(), ZERO, ZERO
-    occupy(rxqs, ONE)
-    occupy(txqs, ONE)
+    lifetime.occupy(rxqs, ONE)
+    lifetime.occupy(txqs, ONE)
     while load_acquire(control, "stop") == ZERO and control.forwarded < control.budget:
-        closed = any_closed(rxqs) | any_closed(txqs)
+        closed = lifetime.any_closed(rxqs) | lifetime.any_closed(txqs)
         if closed != ZERO:
             break
         moved = forward_round(rxqs, txqs, lane, 0)
@@ -259,10 +296,10 @@ def forward_loop(rxqs, txqs, lane):
             idle = ZERO
         else:
             idle = rest(rxqs, control, idle, control.forwarded + control.dropped)
-    occupy(rxqs, ZERO)
-    occupy(txqs, ZERO)
+    lifetime.occupy(rxqs, ZERO)
+    lifetime.occupy(txqs, ZERO)
     if closed != ZERO:
-        raise ClosedError(CLOSED)
+        raise ClosedError(lifetime.CLOSED)
 
 
 # The tuples hold queues of different types: what runs over them is unrolled when it is compiled.

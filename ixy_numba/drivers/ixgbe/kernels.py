@@ -18,10 +18,7 @@ from ...core.pool import (
     ZERO,
     PoolView,
     U,
-    index_of,
-    leave,
     lend,
-    sendable,
     take,
     word_of,
 )
@@ -62,6 +59,9 @@ class TxQueue(NamedTuple):
     pool: PoolView
 
 
+datapath.tx_batch.implement(TxQueue)(datapath.send_batch)
+
+
 @datapath.rx_batch.implement(RxQueue)
 @kernel
 def rx_batch(rxq, batch, limit):
@@ -100,30 +100,6 @@ def sound(done):
     """Whether a write-back is a whole frame that fits its buffer: done, end of packet, no MAC error, 1..2048 bytes."""
     # In one comparison, of the length less 1 (modulo 2**16: an empty frame is then far too long).
     return ((done & (STATUS | LENGTH)) + LENGTH) & (DD | EOP | ERROR | TOO_LONG) == DD | EOP
-
-
-@datapath.tx_batch.implement(TxQueue)
-@kernel
-def tx_batch(txq, batch, first, end):
-    """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
-    table = txq.pool.table
-    lifetime.enter(txq.state)
-    size = U(len(batch.packet))
-    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
-    last = min(end, k + tx_space(txq))
-    while k < last:
-        handle = batch.packet[k]
-        if likely(sendable(txq.pool, handle)):
-            index = index_of(table, handle)
-            tail = tx_post(txq, tail, index, leave(table, index), handle >> LENGTH_SHIFT & LENGTH_MASK)
-        else:
-            table.bad_handles += ONE
-            last = min(end, last + ONE)  # it took no descriptor
-        k += ONE
-    if tail != txq.state.tail:
-        tx_finish(txq, tail)
-    lifetime.leave(txq.state)
-    return k
 
 
 # The same in steps, for loops that receive, handle and send in one pass.

@@ -27,10 +27,7 @@ from ...core.pool import (
     ZERO,
     PoolView,
     U,
-    index_of,
-    leave,
     lend,
-    sendable,
     take,
     word_of,
 )
@@ -86,6 +83,9 @@ class TxQueue(NamedTuple):
     state: np.record
     pool: PoolView
     doorbell: np.record
+
+
+datapath.tx_batch.implement(TxQueue)(datapath.send_batch)
 
 
 # Both directions
@@ -280,30 +280,6 @@ def rx_finish(rxq, i):
 
 
 # Transmit
-
-
-@datapath.tx_batch.implement(TxQueue)
-@kernel
-def tx_batch(txq, batch, first, end):
-    """See `datapath.tx_batch`. Buffers of packets sent before return to the pool first."""
-    table = txq.pool.table
-    lifetime.enter(txq.state)
-    size = U(len(batch.packet))
-    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
-    last = min(end, k + tx_space(txq))
-    while k < last:
-        handle = batch.packet[k]
-        if likely(sendable(txq.pool, handle)):
-            index = index_of(table, handle)
-            tail = tx_post(txq, tail, index, leave(table, index), handle >> LENGTH_SHIFT & LENGTH_MASK)
-        else:
-            table.bad_handles += ONE
-            last = min(end, last + ONE)  # it took no slot
-        k += ONE
-    if tail != txq.state.tail:
-        tx_finish(txq, tail)
-    lifetime.leave(txq.state)
-    return k
 
 
 @datapath.tx_space.implement(TxQueue)
