@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 
 from .core.errors import IxyError
@@ -60,12 +59,30 @@ def between(low, high, kind=int):
     return convert
 
 
+class Stop:
+    """What Ctrl-C sets. Not a threading.Event: its lock may be held where the signal comes in, for ever then."""
+
+    def __init__(self):
+        self._set = False
+
+    def set(self):
+        self._set = True
+
+    def is_set(self):
+        return self._set
+
+    def wait(self, period_s):
+        """Sleep for `period_s` seconds, which should be short, since no signal ends it; returns `is_set()` then."""
+        time.sleep(period_s)
+        return self._set
+
+
 def main(run, argv=None):
     """Run an app: `run(argv, stop)` returns its exit code. Ends the process's errors as one line each.
 
-    `stop` is a threading.Event that Ctrl-C and SIGTERM set. A second Ctrl-C ends the process at once.
+    `stop` is a Stop that Ctrl-C and SIGTERM set. A second Ctrl-C ends the process at once.
     """
-    stop = threading.Event()
+    stop = Stop()
 
     def ask_to_stop(number, frame):
         if stop.is_set() and number == signal.SIGINT:

@@ -64,6 +64,46 @@ def capture(tmp_path):
     return path
 
 
+INTERRUPTED_ANYWHERE = """
+import signal, sys
+from ixy_numba import cli
+
+instructions = 0
+
+def run(argv, stop):
+    # whether the signal was heard, which comes after instruction `argv`
+    global instructions
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            seen += 1
+            if seen == argv:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    stop.wait(0.001)
+    sys.settrace(None)
+    instructions = seen
+    return stop.is_set()
+
+number = 1
+while cli.main(run, number):
+    number += 1
+assert number > instructions, f"lost after instruction {number} of {instructions}"
+print(instructions)
+"""
+
+
+def test_an_interrupt_is_heard_wherever_it_comes_in():
+    """While the main thread waits, after each single instruction of that."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_ANYWHERE], text=True, timeout=LIMIT_S, capture_output=True)
+    assert done.returncode == 0 and int(done.stdout) > 3, done.stderr
+
+
 def test_fwd_without_devices_forwards_simulated_line_rate():
     done = app("fwd", "--duration", 1.5, "--json")
     result = last_json(done)

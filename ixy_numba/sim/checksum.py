@@ -1,11 +1,9 @@
 """Checksums as the simulated 82599 verifies (7.1.11) and inserts (7.2.5) them: IPv4, TCP, UDP, SCTP."""
 
-import numpy as np
-
 from ..core.jit import kernel
 from ..core.raw import load8, load16, load32
 from .state import ZERO, U
-from .wire import fold, swap16
+from .wire import crc_table, fold, swap16
 
 # Packet types: write-back bits of section 7.1.6.2
 IPV4, IPV4_OPTIONS, IPV6, TCP, UDP, SCTP = U(0x10), U(0x20), U(0x40), U(0x100), U(0x200), U(0x400)
@@ -14,12 +12,7 @@ L4_CHECKED, IP_CHECKED, L4_WRONG, IP_WRONG = U(1 << 5), U(1 << 6), U(1 << 30), U
 LOW16, LOW32 = U(0xFFFF), U(0xFFFFFFFF)
 PROTOCOL_TCP, PROTOCOL_UDP, PROTOCOL_SCTP = U(6), U(17), U(132)
 
-_CASTAGNOLI = np.zeros(256, np.uint32)
-for _k in range(256):
-    _value = _k
-    for _ in range(8):
-        _value = _value >> 1 ^ (0x82F63B78 if _value & 1 else 0)
-    _CASTAGNOLI[_k] = _value
+_CASTAGNOLI = crc_table(0x82F63B78)
 
 
 @kernel

@@ -232,12 +232,15 @@ def emit(device, queue, address, length, now, time_ns):
     return True
 
 
-_TABLE = np.zeros(256, np.uint32)
-for _k in range(256):
-    _value = _k
+def crc_table(polynomial):
+    """What a byte does to a CRC of 32 bits, low bit first, with this (reflected) polynomial: uint32, shape (256,)."""
+    table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        _value = _value >> 1 ^ (0xEDB88320 if _value & 1 else 0)
-    _TABLE[_k] = _value
+        table = table >> 1 ^ (table & 1) * np.uint32(polynomial)
+    return table
+
+
+_TABLE = crc_table(0xEDB88320)
 
 
 @kernel
