@@ -15,11 +15,11 @@ from .core.mmio import load_acquire, pause
 from .core.packet import packet
 from .core.pool import ONE, ZERO, U, free_batch
 from .core.raw import address_of
+from .core.thread import AT_ONCE
 from .datapath import rx_batch
 from .device import open_device
 from .waiting import WAIT, prepare, rest
 
-AT_ONCE = U(2)
 JOB = np.dtype([("stop", "u8"), ("budget", "u8"), ("written", "u8"), *WAIT])
 
 

@@ -465,8 +465,8 @@ def test_a_second_start_does_not_compile_a_handler_again(project):
 @compiled_only
 def test_everything_runs_interpreted():
     """The tests of kernels once more with NUMBA_DISABLE_JIT=1; an overflow that machine code would hide is an error."""
-    names = ["test_mmio.py", "test_pool.py", "test_packet.py", "test_handler.py", "test_virtio.py",
-             "test_safety_virtio.py"]
+    names = ["test_mmio.py", "test_pool.py", "test_packet.py", "test_handler.py", "test_verbs.py",
+             "test_virtio.py", "test_safety_virtio.py"]
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider",
          *(str(TESTS / name) for name in names)],

@@ -106,16 +106,16 @@ def two_hosts():
         yield hosts
 
 
-def test_ping_between_two_hosts_loses_nothing(two_hosts):
-    first, _ = two_hosts
-    subprocess.run(first(["ping", "-c", "3", "10.98.0.2"]), check=True, capture_output=True, timeout=LIMIT_S)
-    done = subprocess.run(first(["ping", "-c", "2000", "-i", "0.001", "-s", "900", "10.98.0.2"]), text=True,
-                          capture_output=True, timeout=LIMIT_S)
-    assert "2000 packets transmitted, 2000 received" in done.stdout, done.stdout
+def ping_all(host, count, *how):
+    """Not one of `count` pings is lost, once the hosts know each other's addresses."""
+    for number, options in ((3, ["-W", "30"]), (count, how)):
+        done = subprocess.run(host(["ping", "-c", str(number), *options, "10.98.0.2"]), text=True, capture_output=True,
+                              timeout=LIMIT_S)
+        assert f"{number} packets transmitted, {number} received" in done.stdout, done.stdout
 
 
-def test_tcp_between_two_hosts_arrives_whole(two_hosts):
-    first, second = two_hosts
+def transfer(first, second):
+    """What the first host sends over TCP arrives whole at the second."""
     server = subprocess.Popen(second([sys.executable, "-c", SERVER]), stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout.readline() == "ready\n"
@@ -125,6 +125,14 @@ def test_tcp_between_two_hosts_arrives_whole(two_hosts):
         server.kill()
         server.wait()
     assert out.strip() == hashlib.sha256(random.Random(5).randbytes(MEGABYTES << 20)).hexdigest()
+
+
+def test_ping_between_two_hosts_loses_nothing(two_hosts):
+    ping_all(two_hosts[0], 2000, "-i", "0.001", "-s", "900")
+
+
+def test_tcp_between_two_hosts_arrives_whole(two_hosts):
+    transfer(*two_hosts)
 
 
 def test_capture_of_real_traffic_round_trips(tmp_path):
@@ -170,8 +178,4 @@ def test_example_responder_answers_ping():
     tap, space = TAPS[0], SPACES[0]
     with running(EXAMPLES / "responder.py", "10.98.0.2", f"sim:tap={tap}"):
         with namespace(space, tap, "10.98.0.1") as host:
-            subprocess.run(host(["ping", "-c", "3", "-W", "30", "10.98.0.2"]), check=True, capture_output=True,
-                           timeout=LIMIT_S)
-            done = subprocess.run(host(["ping", "-c", "500", "-i", "0.002", "-s", "1000", "10.98.0.2"]), text=True,
-                                  capture_output=True, timeout=LIMIT_S)
-            assert "500 received" in done.stdout, done.stdout
+            ping_all(host, 500, "-i", "0.002", "-s", "1000")

@@ -68,7 +68,7 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(tmp_path, capfd):  # set up before it, so that stderr is there until the server has ended
     served = Served(tmp_path, "frames=5")
     yield served
     served.close()

@@ -12,7 +12,7 @@ from numba.core.typing.typeof import typeof
 
 from .errors import IxyError, KernelError
 
-AT_ONCE = 2  # in a stop word: now, not after what can still be finished
+AT_ONCE = np.uint64(2)  # in a stop word: now, not after what can still be finished
 
 
 class KernelThread(threading.Thread):

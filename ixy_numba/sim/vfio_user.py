@@ -78,6 +78,9 @@ class Server:
                 self._client, _ = self._listener.accept()
             except OSError:
                 return
+            if self._closed:  # meanwhile, so that `close` may not have seen the client
+                self._client.close()
+                return
             self._say("connected")
             connection = Connection(self._client, self.function, self.bus.model, self.map_rings)
             try:
@@ -90,7 +93,8 @@ class Server:
                 self._client = None
 
     def _say(self, text):
-        print(f"{self.path}: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a device works on where nobody reads stderr any more
+            print(f"{self.path}: {text}", file=sys.stderr, flush=True)
 
 
 def _listen(path):

@@ -1,7 +1,6 @@
 """The virtio driver against DPDK's vhost back-end: frames, traffic of two kernels, crashes, queue pairs, the apps."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from test_apps import LIMIT_S, assert_same, frames_of, refused
 from test_sim_receive import write_pcap
-from test_traffic import CLIENT, MEGABYTES, SERVER, SPACES, TAPS, namespace, running, wait_for
+from test_traffic import SPACES, TAPS, namespace, ping_all, running, transfer, wait_for
 
 from bench import testpmd
 from bench.testpmd import Testpmd
@@ -211,24 +210,11 @@ def two_hosts(tmp_path, monkeypatch):
 
 
 def test_vhost_ping_flood_loses_nothing(two_hosts):
-    first, _ = two_hosts
-    subprocess.run(first(["ping", "-c", "3", "10.98.0.2"]), check=True, capture_output=True, timeout=LIMIT_S)
-    done = subprocess.run(first(["ping", "-q", "-f", "-c", "3000", "-s", "900", "10.98.0.2"]), text=True,
-                          capture_output=True, timeout=LIMIT_S)
-    assert "3000 packets transmitted, 3000 received" in done.stdout, done.stdout
+    ping_all(two_hosts[0], 3000, "-q", "-f", "-s", "900")
 
 
 def test_vhost_tcp_arrives_whole(two_hosts):
-    first, second = two_hosts
-    server = subprocess.Popen(second([sys.executable, "-c", SERVER]), stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout.readline() == "ready\n"
-        subprocess.run(first([sys.executable, "-c", CLIENT]), check=True, timeout=LIMIT_S)
-        out, _ = server.communicate(timeout=LIMIT_S)
-    finally:
-        server.kill()
-        server.wait()
-    assert out.strip() == hashlib.sha256(random.Random(5).randbytes(MEGABYTES << 20)).hexdigest()
+    transfer(*two_hosts)
 
 
 # ---- a back-end that dies
