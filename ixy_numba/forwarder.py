@@ -1,7 +1,6 @@
 """Run a handler between devices: one thread a queue, each with its own rings, pool and state."""
 
 import copy
-import time
 
 import numpy as np
 from numba.core.errors import NumbaError
@@ -78,15 +77,12 @@ class Forwarder:
         return self
 
     def stop(self, timeout_s=60.0):
-        """End the loops after the pass they are in, and wait for them: a loop that is being compiled, for that too."""
+        """End the loops after the pass they are in. IxyError if one that is compiled has not within `timeout_s` s."""
         for thread in self._threads:
             thread.tell(1)
-        deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(deadline - time.monotonic(), 0))
-                if thread.is_alive():
-                    raise IxyError(f"{thread.name} did not end within {timeout_s} s; its devices are left as they are")
+            if thread.ident is not None and not thread.end(timeout_s):
+                raise IxyError(f"{thread.name} did not end within {timeout_s} s; its devices are left as they are")
         self.check()
 
     def check(self):

@@ -11,6 +11,7 @@ settings.register_profile("kernels", deadline=None, suppress_health_check=[
 settings.load_profile("kernels")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """With `-n 2` the tests of a file stay together, as do those that share the guests or the namespaces."""
     together = {"guest": "guest", "peers": "network", "test_traffic.py": "network"}

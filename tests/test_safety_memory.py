@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 from tinynic import TinyNic, account, attach
 from unprotected import outcomes, outcomes_without
 
@@ -94,6 +95,23 @@ def test_closing_a_device_stops_a_users_kernel():
     wait(lambda: job.rounds > 0)
     device.close()
     assert not thread.is_alive() and thread.error is None and job.stop
+    account(pool, [])
+
+
+@pytest.mark.safety(MARK)
+@pytest.mark.parametrize("user", ["forwarder", "device"])
+def test_a_kernel_that_is_being_compiled_is_waited_for(user, monkeypatch):
+    """However long that takes: the time-out is for what a stop word can end."""
+    compile, pool = Dispatcher.compile, Pool(256)
+    monkeypatch.setattr(Dispatcher, "compile", lambda *args: time.sleep(1) or compile(*args))
+    devices, _ = zip(*(attach(pool) for _ in range(2)), strict=True)
+    forwarder = Forwarder(devices, drop).start()
+    if user == "forwarder":
+        forwarder.stop(timeout_s=0.5)
+    for device in devices:
+        device.close(timeout_s=0.5)
+    assert forwarder.ended is not None
+    forwarder.check()
     account(pool, [])
 
 

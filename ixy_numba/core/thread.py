@@ -39,6 +39,16 @@ class KernelThread(threading.Thread):
             if self._close_wake is not None and self._close_wake.alive:
                 os.eventfd_write(self._wake, 1)
 
+    def end(self, timeout_s):
+        """Wait `timeout_s` seconds for its end; returns whether it has ended.
+
+        The time that it is being compiled does not count: that can take long, and cannot be interrupted.
+        """
+        asked = time.monotonic()
+        while self.is_alive() and (self.began is None or time.monotonic() - max(asked, self.began) < timeout_s):
+            self.join(0.005)
+        return not self.is_alive()
+
     def run(self):
         try:
             with contextlib.suppress(ValueError):  # arguments without a type: the call will say what is wrong with them
@@ -72,16 +82,14 @@ class KernelThread(threading.Thread):
 def stop_kernels(uses, timeout_s):
     """End every KernelThread with a record in its arguments for which `uses(record)`: tell it to stop, wait for it.
 
-    IxyError if one has not ended after `timeout_s` seconds; one that is still being compiled ends after that.
+    IxyError if one that is compiled has not ended after `timeout_s` seconds.
     """
     threads = [thread for thread in threading.enumerate() if isinstance(thread, KernelThread)
                and thread is not threading.current_thread() and any(map(uses, thread.records()))]
     for thread in threads:
         thread.tell(AT_ONCE)
-    deadline = time.monotonic() + timeout_s
     for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0))
-        if thread.is_alive():
+        if not thread.end(timeout_s):
             raise IxyError(f"{thread.name} still runs on it {timeout_s} s after it was told to stop; nothing was "
                            "unmapped, end that kernel and close again")
 
