@@ -130,10 +130,10 @@ def tx_finish(txq, position):
 @kernel
 def send_batch(txq, batch, first, end):
     """`tx_batch` in those steps: what drivers register, unless theirs has a better way."""
-    table = txq.pool.table
+    table, size = txq.pool.table, U(len(batch.packet))
+    k, end = min(U(first), size), min(U(end), size)
     lifetime.enter(txq.state)
-    size = U(len(batch.packet))
-    k, end, tail = min(U(first), size), min(U(end), size), tx_start(txq)
+    tail = tx_start(txq)
     last = min(end, k + tx_space(txq))
     while k < last:
         handle = batch.packet[k]

@@ -3,8 +3,10 @@
 import atexit
 import contextlib
 import importlib
+import os
 import re
 import sys
+import time
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
@@ -47,6 +49,7 @@ def mbit(packets, data_bytes):
     return (data_bytes + 24 * packets) * 8 / 1e6
 
 
+DRAIN_S = 0.1
 _open = set()  # keeps every device, its pools and their memory alive until it is closed, or the interpreter ends
 
 
@@ -144,6 +147,8 @@ class Device(ABC):
     def close(self, timeout_s=60.0):
         """Kernels stopped, queues off, DMA stopped, memory back. Safe to call twice.
 
+        What it was given to send it may still send: it has a moment for that, far longer than a full ring takes.
+
         A Forwarder or KernelThread on the device is told to stop and waited for. Any other kernel gets a ClosedError
         from its next verb on one of the queues. IxyError, and nothing is given back, if one is still inside of a verb
         or a loop after `timeout_s` seconds. IxyError, but closed, if the device does not become quiet.
@@ -151,6 +156,7 @@ class Device(ABC):
         if self._closed:
             return
         self._end_kernels(timeout_s)
+        self.wait_until_sent(DRAIN_S)
         try:
             errors = self._stop()
             self.bus.disable_interrupts()
@@ -174,6 +180,7 @@ class Device(ABC):
     def _stop(self):
         """All DMA off, and all buffers back to their pools; returns the errors met."""
         errors = self._quiesce()
+        self.bus.stop_dma()  # before its memory may be somebody else's
         for pool, buffers in zip(self.pools, self._release(), strict=True):
             pool.restore(buffers)
         return errors
@@ -206,6 +213,22 @@ class Device(ABC):
             raise DmaError(f"{self.name}: a ring of {self.ring_size} descriptors is not contiguous for the device; "
                            "choose a smaller ring size")
         return ring, int(touched[0]) + start % page
+
+    def wait_until_sent(self, timeout_s):
+        """Whether the device has sent all that it was given, within `timeout_s` seconds or until its link is down."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while unsent := self._unsent():
+                if not self.link_mbit or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.0005)
+        except IxyError:  # it is gone
+            return False
+        return not unsent
+
+    @abstractmethod
+    def _unsent(self):
+        """Whether a transmit queue holds packets that the device has not sent."""
 
     @abstractmethod
     def _quiesce(self):
@@ -240,6 +263,9 @@ class Device(ABC):
     @abstractmethod
     def set_mac(self, address):
         """Change it."""
+
+
+os.register_at_fork(after_in_child=_open.clear)  # a device stays its parent's
 
 
 @atexit.register

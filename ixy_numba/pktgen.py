@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +43,8 @@ def generate(txq, work):
         limit = min(job.batch_size, job.budget - job.sent)
         if job.rate != ZERO:
             now = now_ns(work.clock)
-            credit = min(credit + (now - then) * job.rate, job.batch_size * BILLION)  # no burst after a pause
+            passed = min(now - then, BILLION) if now > then else ZERO  # the clock may have been set
+            credit = min(credit + passed * job.rate, job.batch_size * BILLION)  # no burst after a pause
             then = now
             limit = min(limit, credit // BILLION)
         n = alloc_batch(pool, batch, limit)
@@ -112,12 +112,9 @@ def run(argv, stop):
 
 def wait_until_sent(device, packets, timeout_s=2.0):
     """Until the device has put all `packets` on the wire; IxyError if it does not (its link is down)."""
-    deadline = time.monotonic() + timeout_s
-    while device.stats().tx_packets < packets:
-        if time.monotonic() > deadline:
-            raise IxyError(f"{device.name}: {packets} packets queued, {device.stats().tx_packets} sent after "
-                           f"{timeout_s} s; is the link up?")
-        time.sleep(0.002)
+    if not device.wait_until_sent(timeout_s):
+        raise IxyError(f"{device.name}: {packets} packets queued, not all of them were sent within {timeout_s} s; "
+                       "is the link up?")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 from scapy.utils import RawPcapReader, rdpcap, wrpcap
 
-LIMIT_S = 120  # a hang, not a slow machine
+from ixy_numba import open_device, pktgen
+from ixy_numba.core.clock import Clock
+from ixy_numba.core.memory import new_record
+from ixy_numba.core.thread import KernelThread
+
+LIMIT_S = 300  # a hang, not a slow machine
 
 
 def app(name, *args, code=0, **more):
@@ -152,6 +157,25 @@ def test_fwd_with_several_queues(tmp_path):
     result = last_json(app("fwd", "--queues", 4, "--json", "sim:gen=200000,frames=50000", f"sim:out={tmp_path / 'o'}"))
     assert result["forwarded_packets"] == result["ports"][1]["tx_packets"] > 0
     assert len(frames_of(tmp_path / "o")) == result["forwarded_packets"]
+
+
+@pytest.mark.parametrize("state", [
+    {"multiplier": 1 << 32, "cycles": 0, "ns": [1 << 62, 1 << 61]},  # set back again and again
+    {"multiplier": 1 << 52}])  # a million nanoseconds a cycle: as after a stop, at every look
+def test_pktgen_keeps_its_rate_whatever_happens_to_the_clock(state):
+    clock = Clock().record
+    for name, value in state.items():
+        clock[name] = value
+    with open_device("sim") as device:
+        job = new_record(pktgen.JOB)
+        job.batch_size, job.rate, job.size, job.flows, job.budget = 32, 10**9, 60, 1, 100
+        thread = KernelThread(pktgen.generate, device.tx[0], pktgen.Job(job, clock, device.pools[0].batch()))
+        thread.start()
+        deadline = time.monotonic() + LIMIT_S
+        while thread.is_alive() and time.monotonic() < deadline:
+            clock.turn += 1
+            time.sleep(0.0001)
+        assert thread.error is None and job.sent == 100
 
 
 def test_pktgen_numbers_its_packets(tmp_path):

@@ -1,6 +1,7 @@
 """The 82599 driver on the simulated 82599: set-up step by step, statistics, limits, failures; nothing is lost."""
 
 import contextlib
+import os
 import threading
 
 import numpy as np
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 
 from ixy_numba import Forwarder, IxyError, Pool, RegisterTimeout, UsageError, open_device, open_devices
 from ixy_numba import device as device_module
+from ixy_numba.core.capture import Capture
 from ixy_numba.core.errors import ClosedError, DeviceGoneError
-from ixy_numba.core.pool import INDEX_MASK
+from ixy_numba.core.packet import resize
+from ixy_numba.core.pool import INDEX_MASK, U, alloc_batch
 from ixy_numba.core.registers import ALL_ONES
-from ixy_numba.datapath import Lane, forward_round, new_control, rx_batch
+from ixy_numba.datapath import Lane, forward_round, new_control, rx_batch, tx_batch
 from ixy_numba.drivers.ixgbe import IDS, REFUSED
 from ixy_numba.drivers.ixgbe import regs as r
 from ixy_numba.fwd import touch_and_forward
@@ -74,6 +77,8 @@ def test_registers_after_set_up():
     assert hlreg0 & (r.HLREG0.TXCRCEN | r.HLREG0.RXCRCSTRP | r.HLREG0.TXPADEN) == 0x403
     assert regs.read(r.FCTRL) & 0x700 == 0x700  # broadcast, and promiscuous as is the default
     assert regs.read(r.MRQC) & 0xF == 1  # RSS over two queues
+    assert regs.read(r.RDRXCTL) & 3 << 25 == 3 << 25  # 8.2.3.8.8: software should set them
+    assert regs.read(r.TXPBTHRESH[0]) == 158  # a packet of 2 KiB less than the 160 KiB of the buffer
     device.close()
 
 
@@ -297,10 +302,47 @@ def test_close_leaves_the_device_quiet():
         device.set_promiscuous(True)
 
 
-def test_a_device_that_does_not_become_quiet_is_told_of_and_gives_its_memory_back():
+def test_a_device_that_does_not_become_quiet_is_told_of_and_gives_its_memory_back(monkeypatch):
     bus = Stuck(r.STATUS, r.STATUS.MASTER_ENABLED)
-    pool = Pool(256)
+    pool, order = Pool(256), []
     device = attach(bus, pools=[pool])
+    monkeypatch.setattr(bus, "stop_dma", lambda: order.append("off"))
+    monkeypatch.setattr(bus, "unmap_dma", order.append)
+    monkeypatch.setattr(pool, "restore", order.append)
     with pytest.raises(IxyError, match="did not become quiet"):
         device.close()
-    assert pool.available == pool.usable
+    assert order[0] == "off" and len(order) == 4, "the bus keeps it from memory before that is somebody else's"
+
+
+@pytest.mark.parametrize("size", [60, 1500])
+def test_what_was_to_be_sent_is_sent_before_the_device_closes(tmp_path, size):
+    path = tmp_path / "out.pcap"
+    with open_device(f"sim:out={path}", ring_size=512) as device:
+        batch = device.pools[0].batch()
+        alloc_batch(device.pool, batch, U(256))
+        for k in range(256):
+            batch.packet[k] = resize(batch.packet[k], U(size))
+        assert tx_batch(device.tx[0], batch, U(0), U(256)) == 256
+    assert len(Capture(path)) == 256
+
+
+def test_a_device_that_sends_nothing_is_closed_all_the_same():
+    device = attach(manual())
+    batch = device.pools[0].batch()
+    alloc_batch(device.pool, batch, U(1))
+    batch.packet[0] = resize(batch.packet[0], U(60))
+    tx_batch(device.tx[0], batch, U(0), U(1))
+    assert not device.wait_until_sent(0.01)
+    device.bus.step()
+    assert device.wait_until_sent(0)
+    device.close()
+
+
+def test_a_forked_child_leaves_the_device_to_its_parent():
+    device = attach(manual())
+    child = os.fork()
+    if not child:
+        device_module._close_all()
+        os._exit(0 if device.rx else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    device.close()

@@ -140,6 +140,19 @@ def test_a_violation_in_a_loop_of_ones_own_is_one_error(loop, words):
 # ---- what applications hand to the verbs
 
 
+@checked_only
+@pytest.mark.parametrize("verb", [lambda rxq, txq, batch: rx_batch(rxq, batch, -1),
+                                  lambda rxq, txq, batch: tx_batch(txq, batch, -1, 5),
+                                  lambda rxq, txq, batch: tx_batch(txq, batch, 0, -5)])
+def test_after_a_negative_argument_the_device_can_be_closed(verb):
+    pool = Pool(256)
+    device, _ = attach(pool)
+    with pytest.raises(OverflowError):
+        verb(device.rx[0], device.tx[0], pool.batch())
+    device.close(timeout_s=5)
+    assert pool.available == pool.count
+
+
 @pytest.mark.parametrize("bad", [MAX_BATCH + 1, 1 << 32, (1 << 64) - 1])
 def test_batches_end_at_their_end(bad):
     """What is beyond the batch is cut off: limits, ends and beginnings."""

@@ -154,6 +154,14 @@ def test_a_context_that_does_not_fit_the_frame_is_counted_and_nothing_goes_out(r
     assert sent(rig) == [frame(60)]
 
 
+@pytest.mark.parametrize("header", [0, 39])
+def test_an_ipv6_header_that_is_too_short_to_be_segmented_behind_is_counted(rig, header):
+    context(rig, header=header, kind=UDP_TYPE, l4=8, mss=1)
+    rig.send(bytes(14 + header + 8 + 1), command=TX_WHOLE | TX_RS | TXSM | TSE | 1 << 46)
+    rig.run()
+    assert rig.wire("model_faults") == 1 and sent(rig) == []
+
+
 # Segmentation
 
 

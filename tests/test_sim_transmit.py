@@ -119,6 +119,22 @@ def test_a_ring_full_of_pieces_without_an_end_is_given_up(rig):
     assert rig.read(r.TDH[0]) == rig.n - 1 and rig.wire("model_faults") == 1
 
 
+@pytest.mark.parametrize(("low", "high", "length", "control"), [
+    (r.TDBAL, r.TDBAH, r.TDLEN, r.TXDCTL), (r.RDBAL, r.RDBAH, r.RDLEN, r.RXDCTL)])
+def test_a_ring_beyond_the_last_address_is_not_switched_on(rig, low, high, length, control):
+    rig.write(control[0], 0)
+    rig.write(low[0], 0xFFFFFF80)
+    rig.write(high[0], 0xFFFFFFFF)
+    rig.write(length[0], 128)  # ends at 2**64
+    rig.write(control[0], ENABLE)
+    assert rig.wire("model_faults") == 0
+    rig.write(control[0], 0)
+    rig.write(length[0], 256)
+    rig.write(control[0], ENABLE)
+    rig.step()
+    assert rig.wire("model_faults") == 1
+
+
 def test_context_descriptors_are_passed_over_and_reported(rig):
     silent = rig.queue_tx(0x1234, TX_CONTEXT | TX_DEXT)
     loud = rig.queue_tx(0, TX_CONTEXT | TX_DEXT | TX_RS)

@@ -18,10 +18,11 @@ from test_sim_receive import write_pcap
 from ixy_numba.core.capture import Capture
 from ixy_numba.core.errors import IxyError, UsageError
 from ixy_numba.core.jit import INTERPRETED
+from ixy_numba.core.memory import new_record
 from ixy_numba.drivers.ixgbe import regs as r
 from ixy_numba.sim import OPTIONS, open_bus
 from ixy_numba.sim import regs as m
-from ixy_numba.sim.engine import ENGINE
+from ixy_numba.sim.engine import CONTROL, ENGINE, assign, serve
 
 DEADLINE_S = 60.0
 
@@ -473,6 +474,41 @@ def test_a_running_link_carries_everything():
     assert got == [frame(60 + k % 50, fill=k & 255) for k in range(500)]
     a.close()
     b.close()
+
+
+def test_a_device_that_fails_does_not_take_those_of_its_worker_with_it(monkeypatch):
+    monkeypatch.setattr(ENGINE, "_divide_processors", lambda: sorted(os.sched_getaffinity(0))[-1:])
+    broken, sound = (open_bus("sim:gen=line", "gen=line") for _ in range(2))
+    for bus in (broken, sound):
+        bus.start()
+    with broken.model.held() as state:  # a queue such as only a fault of the model could make
+        queue = state.tx[0]
+        queue.ring, queue.length, queue.head, queue.enabled = (1 << 64) - 16, 64, 8, 1
+        broken.bar0.view("<u4")[r.TDT[0].offset // 4] = 9
+        state.tx_enabled[0], state.tx_queues, state.tx_on = 0, 1, 1
+    wait_until(lambda: ENGINE.failed(broken.model.slot))
+    with pytest.raises(IxyError, match="the simulated device failed: .*overflow"):
+        broken.check()
+    broken.close()
+    now = int(sound.model.state.now)
+    wait_until(lambda: int(sound.model.state.now) > now)
+    sound.check()
+    sound.close()
+
+
+def test_a_device_that_always_wants_attention_leaves_the_others_their_turn():
+    buses = [open_bus("sim", "", manual=True) for _ in range(2)]
+    greedy, other = sorted((bus.model for bus in buses), key=lambda model: model.slot)
+    control = new_record(CONTROL)
+    control.worker, control.slice, control.slots = 1 << 32, 1 << 60, other.slot + 1
+    for model in (greedy, other):
+        assign(model.state, np.uint64(1 << 32))
+    greedy.state.armed = greedy.state.happened = 1
+    serve(control, ENGINE.devices, ENGINE.clock.record)
+    assert greedy.state.attention and other.state.now
+    for bus in buses:
+        assign(bus.model.state, np.uint64(0))
+        bus.close()
 
 
 def test_the_engine_makes_room_in_the_output_by_itself(tmp_path):

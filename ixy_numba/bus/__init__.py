@@ -41,6 +41,9 @@ class Bus(ABC):
     def unmap_dma(self, memory):
         """Take that back."""
 
+    def stop_dma(self):
+        """Let the device reach no memory any more, whether or not the driver could make it quiet."""
+
     @abstractmethod
     def close(self):
         """Let go of the device. The driver has made it quiet before."""

@@ -283,9 +283,9 @@ class PciBus(Bus):
         """Registers and DMA on. The legacy interrupt is off: nobody here would silence it, and it may be shared."""
         self.check()
         self._command(PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_COMMAND_INTX_DISABLE)
-        self._undo.callback(self._stop_dma)
+        self._undo.callback(self.stop_dma)
 
-    def _stop_dma(self):
+    def stop_dma(self):
         with contextlib.suppress(IxyError):  # a device that is gone does no DMA
             self._command(0, off=PCI_COMMAND_MASTER)
 

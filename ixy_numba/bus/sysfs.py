@@ -35,7 +35,7 @@ class SysfsBus(PciBus):
         self._config = config, 0
         if self.function.driver:
             self._write("driver/unbind", self.name)
-        self._stop_dma()  # of a process that was killed
+        self.stop_dma()  # of a process that was killed
         if (self.function.path / "reset").exists():
             with contextlib.suppress(IxyError):  # the driver resets the device as well
                 self._write("reset", "1")

@@ -86,9 +86,15 @@ def run(argv, stop):
             bus.start()
             print(f"listening at {bus.name}", flush=True)
         while not stop.wait(CABLES_S):
-            for bus in buses:
-                bus.check()
-                bus.watch_cable()
+            for bus in list(buses):
+                try:
+                    bus.check()
+                    bus.watch_cable()
+                except IxyError as error:
+                    if len(buses) == 1:
+                        raise
+                    buses.remove(bus)  # the others have nothing to do with it
+                    print(f"{bus.name}: {error}", file=sys.stderr, flush=True)
     return cli.EXIT_OK
 
 

@@ -68,7 +68,7 @@ def serve(control, devices, clock):
     idle, end = ZERO, cycles() + control.slice
     while load_acquire(control, "stop") == ZERO:
         store_release(control, "rounds", control.rounds + ONE)
-        now, time_ns, work = cycles(), now_ns(clock), ZERO
+        now, time_ns, work, attention = cycles(), now_ns(clock), ZERO, ZERO
         if now > end:
             return
         for slot in range(load_acquire(control, "slots")):
@@ -76,8 +76,9 @@ def serve(control, devices, clock):
             if load_acquire(device, "worker") == control.worker and enter(device):
                 work += visit(device, now, time_ns, U(BATCH))
                 leave(device)
-                if device.attention:
-                    return
+                attention |= device.attention
+        if attention:  # once all had their turn: a device that always wants it must not starve the others
+            return
         if work:
             idle = ZERO
         else:
@@ -103,6 +104,7 @@ class Engine:
         self._workers = {}
         self._clock = None
         self._running = {}  # slot: (worker, service)
+        self._failed = {}  # slot: what its kernels raised
         self._processors, self._confined = None, set()  # before they were divided; threads that keep to their part
 
     @property
@@ -122,6 +124,7 @@ class Engine:
             if not self._free:
                 raise UsageError(f"a process can simulate {MAX_DEVICES} devices, all are in use; close one")
             slot = self._free.pop()
+            self._failed.pop(slot, None)
         self.devices.view(np.uint8).reshape(MAX_DEVICES, -1)[slot] = 0
         return slot, self.devices[slot]
 
@@ -139,11 +142,12 @@ class Engine:
         """Let a worker serve the device; `service(wanted)` is called in its thread when the device wants Python."""
         with self._lock:
             ours = self._divide_processors()
-            load = {number: 0 for number in self._workers}
+            load = {number: 0 for number, worker in self._workers.items() if not worker.failed}
             for number, _ in self._running.values():
-                load[number] += 1
-            if len(load) < len(ours) and all(load.values()):
-                number = next(k for k in itertools.count(1) if k not in load)
+                if number in load:
+                    load[number] += 1
+            if not load or len(load) < len(ours) and all(load.values()):
+                number = next(k for k in itertools.count(1) if k not in self._workers)
                 self._workers[number] = _Worker(self, number, ours)
             else:
                 number = min(load, key=load.get)
@@ -185,10 +189,27 @@ class Engine:
         self._processors = None
 
     def check(self, slot):
-        """IxyError if the thread that serves the device has died."""
+        """IxyError if the device has failed, or the thread that serves it has died."""
+        if error := self.failed(slot):
+            raise IxyError(f"the simulated device failed: {error}") from error
         worker = self._workers.get(self._running.get(slot, (0, None))[0])
         if worker and worker.failed:
             raise IxyError(f"the simulation's thread died: {worker.failed}") from worker.failed
+
+    def failed(self, slot):
+        """What ended the device, or None."""
+        return self._failed.get(slot)
+
+    def fail(self, number, error):
+        """A kernel of a worker raised `error`: the device that it was at is served no more, the others are."""
+        broken = [slot for slot, (owner, _) in list(self._running.items())
+                  if owner == number and self.devices[slot].busy]
+        if not broken:
+            raise error
+        for slot in broken:
+            self._failed[slot] = error
+            assign(self.devices[slot], ZERO)
+            self.devices[slot].busy = 0
 
     def service(self, number):
         """What the devices of a worker asked of Python."""
@@ -214,10 +235,13 @@ class _Worker:
         try:
             os.sched_setaffinity(0, self.processors)
             while not self.control.stop:
-                serve(self.control, devices, self.engine.clock.record)
+                try:
+                    serve(self.control, devices, self.engine.clock.record)
+                except (ArithmeticError, LookupError) as error:
+                    self.engine.fail(self.number, KernelError.of(error))
                 self.engine.service(self.number)
         except BaseException as error:  # reported by the devices' check()
-            self.failed = KernelError.of(error) if isinstance(error, ArithmeticError | LookupError) else error
+            self.failed = error
             for device in self.engine.devices:
                 if device.worker == self.number:
                     device.busy = 0
@@ -232,10 +256,12 @@ class _Worker:
         self._wait(lambda: False)
 
     def _wait(self, done, timeout_s=30.0):
-        """Until `done()` or the end of the thread. Its kernels may be being compiled."""
+        """Until `done()` or the end of the thread; the time does not count while its kernels are being compiled."""
         deadline = time.monotonic() + timeout_s
         while self.thread.is_alive() and not done():
-            if time.monotonic() > deadline:
+            if not self.control.rounds:
+                deadline = time.monotonic() + timeout_s
+            elif time.monotonic() > deadline:
                 raise IxyError(f"the simulation's thread did not answer within {timeout_s} s")
             self.thread.join(0.001)
 

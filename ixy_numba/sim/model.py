@@ -16,7 +16,7 @@ from . import regs as m
 from .engine import ENGINE, visit
 from .interrupts import LINK_CHANGE, Interrupts
 from .management import Management
-from .state import BATCH, MAX_MAPPINGS, QUEUES, WIRE, U, claim, release
+from .state import BATCH, MAX_MAPPINGS, MODEL_FAULTS, QUEUES, WIRE, U, claim, release
 from .statistics import Statistics
 
 MULTICAST_SHIFT = (0, 1, 2, 4)  # MCSTCTRL.MO: which 12 bits of an address index the table, counted from bits 47:36
@@ -362,6 +362,9 @@ class Model:
         control = block // 4 + 10
         if value & r.RXDCTL.ENABLE and not int(queue.control) & r.RXDCTL.ENABLE:
             queue.ring, queue.length = low & ~0x7F | high << 32, (length & 0xFFF80) // 16
+            if int(queue.ring) + 16 * int(queue.length) > 1 << 64:
+                queue.length = 0
+                self.state.wire[MODEL_FAULTS] += 1
             queue.head = head if head < queue.length else 0
             if "tail" in queue.dtype.names:
                 queue.tail = queue.head

@@ -65,6 +65,8 @@ def possible(out):
     if command & TSE == ZERO:
         return length <= LONGEST
     size = segment_size(out)
+    if network + (U(20) if out.tucmd & IPV4 else U(40)) > transport:  # the IP header's length is written
+        return False
     return (size > ZERO and needed <= payload <= length and payload + size <= LONGEST and kind != L4_SCTP
             and command & INSERT_L4 != ZERO and length - payload == command >> PAYLEN_SHIFT)
 

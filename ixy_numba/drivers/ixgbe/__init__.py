@@ -93,6 +93,9 @@ class Ixgbe(Device):
         regs = self._registers_of(r.TX_QUEUE, k, kernels.TX_REGISTERS)
         return kernels.TxQueue(ring, state, regs, self.pools[k].view)
 
+    def _unsent(self):
+        return any(self.regs.read(r.TDH[k]) != self.regs.read(r.TDT[k]) for k in range(len(self.tx)))
+
     def _quiesce(self):
         return setup.quiesce(self.regs, self.queues, self.queues)
 

@@ -67,10 +67,10 @@ datapath.tx_batch.implement(TxQueue)(datapath.send_batch)
 def rx_batch(rxq, batch, limit):
     """See `datapath.rx_batch`. Each packet taken is replaced in its descriptor by a buffer from the pool."""
     ring, state, table = rxq.ring, rxq.state, rxq.pool.table
+    limit = min(U(limit), U(len(batch.packet)))
     lifetime.enter(state)
     mask = U(len(ring.desc) - 1)
     i, top, n, seen = state.index & mask, table.top, ZERO, ZERO
-    limit = min(U(limit), U(len(batch.packet)))
     room = min(limit, top)
     while seen < room:
         done = load_acquire(ring.desc[i], "done")  # status and length in one read

@@ -62,7 +62,7 @@ def init_receive(regs, queues, kind=ADVANCED):
     for register in r.MTA.each():
         regs.write(register, 0)
     regs.set(r.HLREG0, r.HLREG0.RXCRCSTRP)
-    regs.set(r.RDRXCTL, r.RDRXCTL.CRCSTRIP)
+    regs.set(r.RDRXCTL, r.RDRXCTL.CRCSTRIP | r.RDRXCTL.RSCACKC | r.RDRXCTL.FCOE_WRFIX)  # the last two must be 1
     regs.clear(r.RDRXCTL, r.RDRXCTL.RSCFRSTSIZE)
     regs.set(r.FCTRL, r.FCTRL.BAM)
     init_rss(regs, len(queues))
@@ -116,7 +116,7 @@ def init_transmit(regs, queues):
         regs.write(r.TXPBSIZE[k], 0)
         regs.write(r.TXPBTHRESH[k], 0)
     regs.write(r.TXPBSIZE[0], r.TXPBSIZE.SIZE.of(160))  # KiB
-    regs.write(r.TXPBTHRESH[0], 0xA0)
+    regs.write(r.TXPBTHRESH[0], 160 - (BUFFER_SIZE >> 10))  # room for another packet of the largest size, in KiB
     regs.write(r.DTXMXSZRQ, 0xFFF)  # 8.2.3.9.1: no DCB
     regs.clear(r.RTTDCS, r.RTTDCS.ARBDIS)
     for k, (iova, descriptors) in enumerate(queues):

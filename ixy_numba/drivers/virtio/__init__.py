@@ -137,6 +137,9 @@ class Virtio(Device):
             self._control.send(SET_PAIRS, self.queues.to_bytes(2, "little"))
         self._set_promiscuous(self.promiscuous)
 
+    def _unsent(self):
+        return any(int(txq.ring.used_idx) != int(txq.ring.avail_idx) for txq in self.tx)
+
     def _quiesce(self):
         return self.transport.stop() if self.transport else []
 

@@ -154,9 +154,9 @@ def notify(state, doorbell):
 def rx_batch(rxq, batch, limit):
     """See `datapath.rx_batch`. Each packet taken is replaced in its slot by a buffer from the pool."""
     state, table = rxq.state, rxq.pool.table
+    limit = min(U(limit), U(len(batch.packet)))
     lifetime.enter(state)
     i, top, n, seen = rx_start(rxq), table.top, ZERO, ZERO
-    limit = min(U(limit), U(len(batch.packet)))
     while seen < limit:
         seen += ONE
         length = rx_next(rxq, i)
