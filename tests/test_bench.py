@@ -394,7 +394,7 @@ def test_published_figures_are_whole():
 
 def run(*words, environment=None):
     return subprocess.run([sys.executable, "-m", "bench", *words], capture_output=True, text=True, cwd=ROOT,
-                          timeout=120, env={**os.environ, **(environment or {})})
+                          timeout=300, env={**os.environ, **(environment or {})})
 
 
 @pytest.mark.parametrize(("words", "code", "said"), [

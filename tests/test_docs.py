@@ -50,7 +50,7 @@ def test_the_handler_in_the_readme_runs(tmp_path):
     frames = [Ether(type=0x0806) / Raw(b"x" * 40), Ether() / IP() / UDP(), Ether() / IP() / TCP()]
     wrpcap(str(tmp_path / "a.pcap"), frames)
     (tmp_path / "app.py").write_text(code)
-    subprocess.run([sys.executable, "app.py"], cwd=tmp_path, check=True, timeout=120, env=with_package())
+    subprocess.run([sys.executable, "app.py"], cwd=tmp_path, check=True, timeout=300, env=with_package())
     assert [bytes(f) for f, _ in RawPcapReader(str(tmp_path / "b.pcap"))] == [bytes(f) for f in frames[1:]]
 
 
@@ -62,7 +62,7 @@ def with_package():
 
 def example(name, *args):
     return subprocess.run([sys.executable, ROOT / "docs/examples" / name, *map(str, args)], text=True, check=True,
-                          timeout=120, capture_output=True, env=with_package()).stdout
+                          timeout=300, capture_output=True, env=with_package()).stdout
 
 
 def test_example_udp_filter(tmp_path):

@@ -26,7 +26,7 @@ from ixy_numba.fwd import forward
 from ixy_numba.in_place import in_place_pass
 from ixy_numba.sim import open_bus as open_sim
 
-LIMIT_S = 120
+LIMIT_S = 300
 PASSES, DROPS, RAISES, HOME, HIGH, LOW = range(6)
 FAILURES = (RAISES, HOME, HIGH, LOW) if CHECKED else (HOME, HIGH, LOW)  # unchecked, no access raises
 RS, ONE_BUFFER = 1 << 27, 3 << 24

@@ -103,7 +103,7 @@ class Project:
         """Words that the program printed, and its stderr."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "IXY_NUMBA_"))}
         done = subprocess.run(
-            [sys.executable, *(args or ("main.py",))], cwd=self.folder, capture_output=True, text=True, timeout=120,
+            [sys.executable, *(args or ("main.py",))], cwd=self.folder, capture_output=True, text=True, timeout=300,
             env={**inherited, "PYTHONPATH": f"{self.folder}{os.pathsep}{TESTS}",
                  "NUMBA_CACHE_DIR": str(self.cache), **environment})
         assert (done.returncode != 0) == fails, done.stderr
@@ -411,7 +411,7 @@ print(float(total(np.arange(10).astype(sys.argv[1]))), *compiled_signatures(tota
     for hits in (0, 1):
         running = [subprocess.Popen([sys.executable, "many.py", kind], cwd=project.folder, env=environment, text=True,
                                     stdout=subprocess.PIPE) for kind in kinds]
-        outputs = [process.communicate(timeout=120)[0].split() for process in running]
+        outputs = [process.communicate(timeout=300)[0].split() for process in running]
         assert outputs == [["45.0", "1", str(hits)]] * 3
     assert len(files(project)) == 3 and not list(project.cache.rglob("*.tmp*"))
 

@@ -83,7 +83,7 @@ def test_a_load_beyond_the_file_is_noticed():
             "capture.RECORD_HEADER *= 0  # so that the walk asks for too few bytes\n"
             "targets.read_capture(targets.TARGETS['capture'].corpus('capture')['no-records'])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=300)
     assert "AssertionError: a load at 24, the file ends at 24" in done.stderr
 
 

@@ -17,7 +17,7 @@ from scapy.utils import RawPcapReader
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
-LIMIT_S = 60
+LIMIT_S = 300
 MEGABYTES = 24
 
 needs = [tool for tool in ("ip", "ping", "tcpdump") if shutil.which(tool) is None]
