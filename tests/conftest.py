@@ -2,22 +2,12 @@
 
 import os
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 # The first call of a kernel compiles it, whatever the deadline.
 settings.register_profile("kernels", deadline=None, suppress_health_check=[
     HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
 settings.load_profile("kernels")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With `-n 2` the tests of a file stay together, as do those that share the guests or the namespaces."""
-    together = {"guest": "guest", "peers": "network", "test_traffic.py": "network"}
-    for item in items:
-        name = item.path.parent.name if item.path.parent.name in together else item.path.name
-        item.add_marker(pytest.mark.xdist_group(together.get(name, name)))
 
 
 def pytest_terminal_summary(terminalreporter):
