@@ -97,6 +97,7 @@ def main(run, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_OK
     except IxyError as error:
+        error = _first(error)
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except MemoryError:
@@ -106,6 +107,13 @@ def main(run, argv=None):
         for number, handler in previous:
             signal.signal(number, handler)
     return code
+
+
+def _first(error):
+    """The error that all began with: closing what it left may have failed as well, and comes first in the chain."""
+    while isinstance(error.__context__, IxyError) and not error.__suppress_context__:
+        error = error.__context__
+    return error
 
 
 def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, batch_size=32, packets=None,

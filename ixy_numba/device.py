@@ -302,8 +302,10 @@ def open_device(spec, *, queues=1, ring_size=512, pools=None, promiscuous=True, 
     try:
         return _attach(bus, queues, ring_size, pools, promiscuous, trace, interrupts)
     except BaseException:
-        bus.close()
-        raise
+        with contextlib.ExitStack() as undo:  # all of it, whatever else goes wrong
+            undo.callback(bus.give_back)
+            undo.callback(bus.close)
+            raise
 
 
 def _driver(bus, in_place=False):
@@ -326,6 +328,8 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
     if in_place and len(specs) != 2:
         raise UsageError(f"{len(specs)} device(s): expected two, to forward in place")
     opened, buses, drivers = [], [], []
+    for spec in specs:
+        _locate(spec)  # a spec that cannot be is told of before a card is taken from its driver
     try:
         for spec in specs:
             buses.append(open_bus(spec, unbind))
@@ -334,25 +338,32 @@ def open_devices(specs, *, queues=1, ring_size=512, in_place=False, promiscuous=
         for driver, bus in zip(drivers, buses, strict=True):
             opened.append(driver(bus, queues, ring_size, pools, promiscuous, trace, interrupts))
     except BaseException:
-        for device in opened:
-            device.close()
-        for bus in buses[len(opened):]:
-            bus.close()
-        raise
+        with contextlib.ExitStack() as undo:  # all of it, whatever else goes wrong
+            for bus in buses:
+                undo.callback(bus.give_back)
+            for one in (*opened, *buses[len(opened):]):
+                undo.callback(one.close)
+            raise
     return opened
 
 
 def open_bus(spec, unbind=False):
     """The transport behind a device spec."""
+    module, rest = _locate(spec)
+    return importlib.import_module(module).open_bus(spec, unbind if rest is None else rest)
+
+
+def _locate(spec):
+    """The module for a device spec, and what follows the scheme: None for a PCI address. UsageError for neither."""
     if not spec.isprintable():  # a line break or a terminal's escape sequence would come out in every message
         raise UsageError(f"device {spec!r}: expected printable characters only; rename the file or interface it names")
     if PCI_ADDRESS.fullmatch(spec):
-        return importlib.import_module(PCI).open_bus(spec, unbind)
+        return PCI, None
     scheme, _, rest = spec.partition(":")
     if scheme not in SCHEMES:
         raise UsageError(f"no such device {spec!r}: expected a PCI address such as 0000:03:00.0, "
                          f"{' or '.join(SCHEMES)}, or {scheme_example()}")
-    return importlib.import_module(SCHEMES[scheme]).open_bus(spec, rest)
+    return SCHEMES[scheme], rest
 
 
 def scheme_example():

@@ -1,5 +1,6 @@
 """The apps as their users meet them: subprocesses, exit codes, JSON, captures."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Raw
 from scapy.utils import RawPcapReader, rdpcap, wrpcap
 
-from ixy_numba import open_device, pktgen
+from ixy_numba import IxyError, cli, open_device, pktgen
 from ixy_numba.core.clock import Clock
 from ixy_numba.core.memory import new_record
 from ixy_numba.core.thread import KernelThread
@@ -157,6 +158,19 @@ def test_fwd_with_several_queues(tmp_path):
     result = last_json(app("fwd", "--queues", 4, "--json", "sim:gen=200000,frames=50000", f"sim:out={tmp_path / 'o'}"))
     assert result["forwarded_packets"] == result["ports"][1]["tx_packets"] > 0
     assert len(frames_of(tmp_path / "o")) == result["forwarded_packets"]
+
+
+def test_the_error_that_all_began_with_is_told(capsys):
+    def run(argv, stop):
+        with contextlib.ExitStack() as stack:
+            stack.callback(fail, "closed, but it did not become quiet")
+            fail("the disk is full")
+
+    def fail(words):
+        raise IxyError(words)
+
+    assert cli.main(run) == 1
+    assert capsys.readouterr().err == "error: the disk is full\n"
 
 
 @pytest.mark.parametrize("state", [

@@ -112,6 +112,22 @@ def test_it_is_taken_when_told_to(machine):
     assert (machine.path(A) / "driver/unbind").read_text() == A
 
 
+@pytest.mark.parametrize("specs, error, taken", [
+    ([A, "nonsense"], UsageError, False),  # that is seen before anything is done
+    ([A, B], IxyError, True),  # another driver's, which may not be taken
+    ([A, "sim:gen=never"], UsageError, True)])
+def test_a_card_goes_back_to_its_driver_if_nothing_comes_of_it(machine, monkeypatch, specs, error, taken):
+    for address, name in ((A, "eth1"), (B, "eth2")):
+        machine.add(address, driver="ixgbe")
+        machine.interface(address, name, up=address == B)
+    monkeypatch.setattr(pci, "open_bus", lambda address, unbind: open_bus(address, unbind, machine.root))
+    with pytest.raises(error):
+        device_module.open_devices(specs, unbind=True)
+    assert (machine.path(A) / "driver/unbind").read_text() == A * taken
+    back = machine.path(A) / "driver/bind"
+    assert (back.read_text() if taken else back.exists()) == (A if taken else False)
+
+
 @pytest.mark.parametrize("below", ["", "virtio3"])
 @pytest.mark.parametrize("unbind", [False, True])
 def test_an_interface_that_is_up_is_not_touched(machine, unbind, below):

@@ -41,6 +41,9 @@ class Bus(ABC):
     def unmap_dma(self, memory):
         """Take that back."""
 
+    def give_back(self):
+        """After `close`: undo what opening did to others (a kernel driver), since nothing came of it."""
+
     def stop_dma(self):
         """Let the device reach no memory any more, whether or not the driver could make it quiet."""
 

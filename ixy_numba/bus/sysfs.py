@@ -21,8 +21,12 @@ class SysfsBus(PciBus):
     memory_needs = HUGE
 
     def __init__(self, function, unbind=False):
-        self._unbind = unbind
-        super().__init__(function)
+        self._unbind, self._taken_from = unbind, None
+        try:
+            super().__init__(function)
+        except BaseException:
+            self.give_back()
+            raise
 
     def _open(self):
         self._check_use()
@@ -33,13 +37,21 @@ class SysfsBus(PciBus):
         except BlockingIOError:
             raise IxyError(f"{self.name}: another process drives this device; stop that first") from None
         self._config = config, 0
-        if self.function.driver:
+        driver = self.function.driver
+        if driver:
             self._write("driver/unbind", self.name)
+            self._taken_from = driver
         self.stop_dma()  # of a process that was killed
         if (self.function.path / "reset").exists():
             with contextlib.suppress(IxyError):  # the driver resets the device as well
                 self._write("reset", "1")
         self._enable()
+
+    def give_back(self):
+        """To the driver that it was taken from."""
+        if self._taken_from:
+            with contextlib.suppress(OSError):  # the driver is not there any more, or does not want it
+                (self.function.root / "sys/bus/pci/drivers" / self._taken_from / "bind").write_text(self.name)
 
     def _check_translation(self):
         group = self.function.iommu_group
