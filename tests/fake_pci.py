@@ -78,6 +78,7 @@ class FakeVfio:
         self.not_viable, self.full, self.map_error = set(), set(), None
         self.ranges, self.mapped, self.vectors = [(0, 0xFEDFFFFF), (0xFEF00000, (1 << 39) - 1)], {}, {2: 3, 1: 1}
         self.mappable, self.interrupts, self.devices = True, {}, []
+        self.set_irqs = lambda count: 0  # what VFIO_DEVICE_SET_IRQS comes to where vectors are asked for
         (machine.root / "dev/vfio/vfio").write_text("")
 
     def bind(self, address, group, **more):
@@ -143,10 +144,13 @@ class FakeVfio:
         flags, index, first, count = struct.unpack_from("=IIII", argument, 4)
         if flags == 1 | 32 and not count:
             self.interrupts.clear()
-            return
+            return None
         assert flags == 4 | 32
+        if available := self.set_irqs(count):
+            return available
         events = struct.unpack_from(f"={count}i", argument, 20)
         self.interrupts.update({(index, first + k): event for k, event in enumerate(events)})
+        return None
 
     def VFIO_DEVICE_RESET(self, descriptor, argument):
         pass

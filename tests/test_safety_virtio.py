@@ -199,9 +199,9 @@ def test_safety_of_the_processor_when_the_back_end_is_gone(tmp_path, monkeypatch
     """It is looked for now and then, not all the time."""
     attempts, real = [], vhost_user.Channel
 
-    def counted(name, path):
+    def counted(name, path, stopping):
         attempts.extend([path] * (path == str(tmp_path / "s")))
-        return real(name, path)
+        return real(name, path, stopping)
 
     monkeypatch.setattr(vhost_user, "Channel", counted)
     with Backend(tmp_path / "s") as backend:

@@ -1,5 +1,6 @@
 """The virtio driver against a device that does what each test says; vhost-user against a back-end of our own."""
 
+import errno
 import os
 import socket
 import struct
@@ -420,6 +421,41 @@ def test_traffic_resumes_when_the_back_end_comes_back(path):
         wait_for(lambda: not device.link_mbit)
     assert device.bus.summary() == {"connected": False, "reconnects": 3}
     assert device.stats().rx_errors == 0
+    close(device)
+
+
+def test_every_queue_is_kicked_when_it_is_handed_over(path):
+    """As a back-end may start it only then."""
+    with Backend(path) as backend:
+        device = open_device(f"vhost-user:{path}", queues=2, ring_size=RING)
+        for number in range(4):
+            wait_for(lambda k=number: backend.kicks(k))
+    with Backend(path) as backend:
+        backend.wait_ready()
+        for number in range(4):
+            wait_for(lambda k=number: backend.kicks(k))
+    close(device)
+
+
+def test_closing_ends_the_wait_for_a_back_end_that_is_slow_to_come_back(path):
+    with Backend(path):
+        device = open_device(f"vhost-user:{path}", ring_size=RING)
+    with Backend(path, override={1: silence}) as backend:
+        wait_for(lambda: 1 in backend.log)
+        close(device)
+        assert not device.bus._watcher.is_alive() and device.bus._failure is None  # not that no answer came in time
+
+
+def test_no_file_descriptor_left_to_reconnect_with_is_a_failure(path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with Backend(path):
+        device = open_device(f"vhost-user:{path}", ring_size=RING)
+    monkeypatch.setattr(socket, "socket", refuse)
+    wait_for(lambda: device.bus._failure)
+    with pytest.raises(IxyError, match="cannot connect to .*: Too many open files"):
+        device.check()
     close(device)
 
 

@@ -141,7 +141,7 @@ class Side:
     """A device's view of its memory and queues, with the kernels above as methods that take and give bytes."""
 
     def __init__(self):
-        self.memory, self.queues = new_record(MEMORY), {}
+        self.memory, self.queues, self.kick_fds = new_record(MEMORY), {}, {}
         self.scratch = np.zeros(1 << 16, np.uint8)
 
     def region(self, gpa, size, at):
@@ -194,6 +194,13 @@ class Side:
             return wanted == int(queue.used_idx) - 1 & 0xFFFF
         return not int(asked(queue.avail)) & 1
 
+    def kicks(self, number):
+        """How often the queue was kicked since the last look."""
+        try:
+            return os.eventfd_read(self.kick_fds[number])
+        except BlockingIOError:
+            return 0
+
     @property
     def faults(self):
         return sum(int(queue.faults) for queue in self.queues.values())
@@ -207,7 +214,7 @@ class Loop(Bus, VirtioTransport, Side):
     def __init__(self, offered=VERSION_1 | MRG_RXBUF | PROTOCOL, config=None, pairs=4):
         Side.__init__(self)
         self.name, self.offered, self.config, self.max_pairs, self.accepted = "loop", offered, config, pairs, None
-        self.eventfds, self.stopped = [], False
+        self.stopped = False
 
     max_queue_pairs = property(lambda self: self.max_pairs)
 
@@ -233,22 +240,16 @@ class Loop(Bus, VirtioTransport, Side):
         header = 12 if self.accepted & (VERSION_1 | MRG_RXBUF) else 10
         self.set(number, desc=desc, avail=avail, used=used, slots=addresses.size, next=begin, used_idx=begin,
                  header=header, mergeable=bool(self.accepted & MRG_RXBUF))
-        self.eventfds.append(os.eventfd(0, os.EFD_NONBLOCK))
-        return Notifier(self.eventfds[-1])
-
-    def kicks(self, number):
-        try:
-            return os.eventfd_read(self.eventfds[number])
-        except BlockingIOError:
-            return 0
+        self.kick_fds[number] = os.eventfd(0, os.EFD_NONBLOCK)
+        return Notifier(self.kick_fds[number])
 
     def stop(self):
         self.stopped = True
         return []
 
     def close(self):
-        while self.eventfds:
-            os.close(self.eventfds.pop())
+        while self.kick_fds:
+            os.close(self.kick_fds.popitem()[1])
 
 
 def attach(bus, queues=1, ring_size=64, pools=None):
@@ -342,6 +343,8 @@ class Backend(Side):
                 self._ready.set()
         elif request == 11:
             return struct.pack("<II", index, int(self.queues[index]["next"]))
+        elif request == 12:
+            self.kick_fds[index], = fds
         elif request == 13:
             self.calls[index], = fds
         else:

@@ -58,9 +58,6 @@ class Bus(ABC):
     def disable_interrupts(self):
         """None any more, and their eventfds are closed."""
 
-    def mask_interrupt(self, vector, masked):
-        """Hold a vector's interrupts back; what is raised meanwhile may be lost."""
-
     def start(self):
         """Called once the driver has set the device up."""
 

@@ -31,12 +31,19 @@ VFIO_IRQ_SET_DATA_NONE, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_ACTION_TRIGGER =
 VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE = 1, 2
 VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE = 2, 1
 
+FEWER_INTERRUPTS = "use fewer queues, or do without interrupts"
+
 
 def ask(descriptor, request, layout, *values):
-    """A request whose structure is its own size (`argsz`) and then `values`; returns them as the kernel left them."""
+    """A request whose structure is its own size (`argsz`) and then `values`; returns them as the kernel left them.
+
+    OSError also if it comes to more than 0: VFIO_DEVICE_SET_IRQS so says how many vectors there are, and sets none up.
+    """
     layout = f"=I{layout}"
     buffer = bytearray(struct.pack(layout, struct.calcsize(layout), *values))
-    fcntl.ioctl(descriptor, request, buffer, True)
+    available = fcntl.ioctl(descriptor, request, buffer, True)
+    if available:
+        raise OSError(errno.ENOSPC, f"there are only {available}")
     return struct.unpack(layout, buffer)[1:]
 
 
@@ -227,25 +234,27 @@ class VfioBus(PciBus):
         available = {kind: ask(self._device, VFIO_DEVICE_GET_IRQ_INFO, "III", 0, kind, 0)[2]
                      for kind in (VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX)}
         if vectors > max(available.values()):
-            raise IxyError(f"{self.name}: {vectors} interrupts: expected at most {max(available.values())}")
+            raise IxyError(f"{self.name}: {vectors} interrupts: expected at most {max(available.values())}; "
+                           f"{FEWER_INTERRUPTS}")
         self.disable_interrupts()
         self._irq = next(kind for kind, count in available.items() if count >= vectors)
         self._events = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(vectors)]
-        self._set_interrupts(0, self._events)
+        try:
+            self._set_interrupts(self._events)
+        except OSError as error:
+            raise IxyError(f"{self.name}: {vectors} interrupts cannot be set up: {error.strerror}; "
+                           f"{FEWER_INTERRUPTS}") from None
         return self._events
 
     def disable_interrupts(self):
         if self._events:
             with contextlib.suppress(OSError):  # the device is gone
-                self._set_interrupts(0, [])
+                self._set_interrupts([])
             for event in self._events:
                 os.close(event)
             self._events = []
 
-    def mask_interrupt(self, vector, masked):
-        self._set_interrupts(vector, [-1 if masked else self._events[vector]])
-
-    def _set_interrupts(self, first, events):
-        """Vectors from `first` raise `events`; none at all switches all vectors off."""
+    def _set_interrupts(self, events):
+        """The vectors raise `events`; none at all switches them off."""
         flags = VFIO_IRQ_SET_ACTION_TRIGGER | (VFIO_IRQ_SET_DATA_EVENTFD if events else VFIO_IRQ_SET_DATA_NONE)
-        ask(self._device, VFIO_DEVICE_SET_IRQS, f"IIII{len(events)}i", flags, self._irq, first, len(events), *events)
+        ask(self._device, VFIO_DEVICE_SET_IRQS, f"IIII{len(events)}i", flags, self._irq, 0, len(events), *events)

@@ -50,12 +50,15 @@ class PeerGone(IxyError):
 
 
 class Channel:
-    """Messages to the back-end and its replies, each within MESSAGE_TIMEOUT_S. IxyError for anything unexpected."""
+    """Messages to the back-end and its replies, each within MESSAGE_TIMEOUT_S. IxyError for anything unexpected.
 
-    def __init__(self, name, path):
-        self.name, self.reply_ack = name, False
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    No wait goes on once the event `stopping` is set: PeerGone.
+    """
+
+    def __init__(self, name, path, stopping):
+        self.name, self.stopping, self.reply_ack, self.socket = name, stopping, False, None
         try:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.socket.settimeout(MESSAGE_TIMEOUT_S)
             self.socket.connect(path)
         except OSError as error:
@@ -67,7 +70,8 @@ class Channel:
             raise IxyError(f"{name}: cannot connect to {path}: {error.strerror or error}") from None
 
     def close(self):
-        self.socket.close()
+        if self.socket:
+            self.socket.close()
 
     def ask(self, request, payload=b"", size=8):
         """Send a request that has an answer; returns the answer, `size` bytes (None: however many)."""
@@ -93,19 +97,22 @@ class Channel:
         except OSError as error:
             raise PeerGone(f"{self.name}: the back-end is gone ({error.strerror or error})") from None
 
-    def _left(self):
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.socket.settimeout(left)
+    def _wait(self, transfer, *args):
+        """What `transfer` of the socket returns once it can."""
+        while (left := self._deadline - time.monotonic()) > 0:
+            if self.stopping.is_set():
+                raise PeerGone(f"{self.name}: it is being closed")
+            self.socket.settimeout(min(left, RETRY_S))
+            with contextlib.suppress(TimeoutError):
+                return transfer(self.socket, *args)
+        raise TimeoutError
 
     def _send(self, request, payload, descriptors, flags):
         message = HEADER.pack(REQUESTS[request], flags, len(payload)) + payload
         with self._exchange(request):
-            self._left()
-            sent = socket.send_fds(self.socket, [message], descriptors)
-            self._left()
-            self.socket.sendall(message[sent:])
+            while message:
+                sent = self._wait(socket.send_fds, [message], descriptors)
+                message, descriptors = message[sent:], ()
 
     def _reply(self, request, size):
         with self._exchange(request):
@@ -120,8 +127,7 @@ class Channel:
     def _receive(self, size, request):
         data = b""
         while len(data) < size:
-            self._left()
-            part, descriptors, flags, _ = socket.recv_fds(self.socket, size - len(data), 8)
+            part, descriptors, flags, _ = self._wait(socket.recv_fds, size - len(data), 8)
             for descriptor in descriptors:
                 os.close(descriptor)
             if descriptors or flags & socket.MSG_CTRUNC:
@@ -205,7 +211,8 @@ class VhostUser(Bus, VirtioTransport):
     def stop(self):
         self._stopping.set()
         if self._watcher:
-            self._watcher.join(2 * MESSAGE_TIMEOUT_S)
+            self._watcher.join()
+        self._stopping.clear()  # which ended its waits; ours are still to come
         errors = []
         if self.connected and self._watcher:
             try:
@@ -231,7 +238,7 @@ class VhostUser(Bus, VirtioTransport):
 
     def _connect(self):
         """A Channel to the back-end, with what it offers asked for."""
-        channel = Channel(self.name, self.path)
+        channel = Channel(self.name, self.path, self._stopping)
         try:
             channel.tell("SET_OWNER")
             self._offered, = U64.unpack(channel.ask("GET_FEATURES"))
@@ -269,6 +276,9 @@ class VhostUser(Bus, VirtioTransport):
         if self._features & PROTOCOL_FEATURES:  # without, queues are enabled from the start
             for number in self._queues:
                 channel.tell("SET_VRING_ENABLE", STATE.pack(number, 1))
+        for _, kick, _ in self._queues.values():  # only then does a back-end start a ring
+            with contextlib.suppress(BlockingIOError):  # it cannot be kicked more
+                os.eventfd_write(kick, 1)
 
     def _at(self, iova):
         """Our own view of the memory that the device sees at `iova`."""

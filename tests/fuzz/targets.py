@@ -151,8 +151,8 @@ class Scripted(vhost_user.Channel):
 
     said, passed = b"", 0
 
-    def __init__(self, name, path):
-        self.name, self.reply_ack = name, False
+    def __init__(self, name, path, stopping):
+        self.name, self.stopping, self.reply_ack = name, stopping, False
         self.socket, self.peer = socket.socketpair()
         descriptors = [self.peer.fileno()] * self.passed
         socket.send_fds(self.peer, [self.said or b"\0"], descriptors)

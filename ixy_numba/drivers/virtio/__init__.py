@@ -26,7 +26,7 @@ WANTED = r.MAC | r.STATUS | r.MTU | r.MRG_RXBUF | r.EVENT_IDX | r.ANY_LAYOUT | r
 class Virtio(Device):
     """One virtio network device. See `device.Device` for what it offers.
 
-    Received are frames for any address: there is no control queue, and so no filter.
+    Where there is no control queue (vhost-user), frames for any address are received, unfiltered.
     """
 
     driver = "virtio"
