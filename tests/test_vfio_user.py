@@ -292,6 +292,19 @@ def test_the_queues_registers_can_be_mapped(tmp_path, memory):
     served.close()
 
 
+def test_the_mapped_registers_cannot_be_cut_off(tmp_path):
+    served = Served(tmp_path, map_rings=True)
+    with Client(served.path) as client:
+        client.send(GET_REGION_INFO, struct.pack("<IIIIQQ", 80, 0, 0, 0, 0, 0))
+        _, (file,) = client.receive()
+        for size in (0x40000, 0):  # to cut it off would end this process
+            with pytest.raises(PermissionError):
+                os.ftruncate(file, size)
+        os.close(file)
+        assert client.read32(STATUS) == 1 << 19 | 1 << 7
+    served.close()
+
+
 def test_the_device_is_off_once_its_client_has_gone(served, memory):
     with Client(served.path) as client:
         bring_up(client, memory)

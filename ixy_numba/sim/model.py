@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from ..core.errors import IxyError, UsageError
+from ..core.memory import sealed_file
 from ..core.registers import ALL_ONES, Mode
 from ..drivers.ixgbe import regs as r
 from . import regs as m
@@ -36,8 +37,7 @@ class Model:
 
     def __init__(self, mac, device=SFP_PLUS, per_second=1e9):
         self.slot, self.state = ENGINE.new_device()
-        self.bar0_file = os.memfd_create("82599 BAR 0", os.MFD_CLOEXEC)
-        os.ftruncate(self.bar0_file, r.BAR_SIZE)
+        self.bar0_file = sealed_file("82599 BAR 0", r.BAR_SIZE)
         self.bar0 = np.frombuffer(mmap.mmap(self.bar0_file, r.BAR_SIZE), np.uint8)
         self.per_second, self.trace = per_second, None
         self._word = self.bar0.view("<u4")
