@@ -425,7 +425,8 @@ BAD = {
     "an offset that wraps": (request(REGION_READ, struct.pack("<QII", (1 << 64) - 2, 0, 4)), "access of 4 bytes at"),
     "a region that is none": (request(REGION_READ, struct.pack("<QII", 0, 1, 4)), "of region 1, which has 0"),
     "an empty mapping": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0, 0)), "DMA region of 0 bytes"),
-    "a mapping that wraps": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, (1 << 64) - 1, 2)), "is empty, too"),
+    "a mapping that wraps": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, (1 << 64) - 1, 2)), "reaches 2**64"),
+    "a mapping up to the end": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, (1 << 64) - 1, 1)), "reaches 2**64"),
 }
 
 

@@ -25,9 +25,9 @@ class GuestMemory:
         # DEVIATION(sim-dma-regions): regions without a file, or that are read-only (ROMs), are noted and not reached.
         if len(self._regions) == MAX_MAPPINGS:
             raise UsageError(f"more than {MAX_MAPPINGS} DMA regions")
-        if size <= 0 or iova + size > 1 << 64 or any(
+        if size <= 0 or iova + size >= 1 << 64 or any(  # an end is a 64-bit word of the device's map
                 iova < start + length and start < iova + size for start, (length, _) in self._regions.items()):
-            raise UsageError(f"DMA region of {size} bytes at {iova:#x} is empty, too large or overlaps another")
+            raise UsageError(f"DMA region of {size} bytes at {iova:#x} is empty, reaches 2**64 or overlaps another")
         array = None
         if descriptor is not None and flags & WRITE:
             array = _map_file(descriptor, offset, size)

@@ -387,8 +387,8 @@ class Model:
     def map(self, iova, size, address):
         """Let the device reach `size` bytes at virtual `address` under `iova`. UsageError where something is mapped."""
         with self.held():
-            if size <= 0 or not 0 <= iova < iova + size <= 1 << 64:
-                raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: expected a range below 2**64")
+            if size <= 0 or not 0 <= iova < iova + size < 1 << 64:
+                raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: expected a range that ends below 2**64")
             if any(iova < end and start < iova + size for start, end, _ in self._mappings):
                 raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: overlaps one that is there")
             if len(self._mappings) == MAX_MAPPINGS:
