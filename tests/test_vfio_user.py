@@ -1,7 +1,9 @@
 """The simulated 82599 behind vfio-user: configuration space, DMA map, interrupts, and clients that misbehave."""
 
+import errno
 import mmap
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -518,6 +520,40 @@ def test_file_descriptors_are_counted_checked_and_never_kept(served, capfd):
     while open_files() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert open_files() == before
+
+
+def waits_for(capfd, line):
+    """What went to stderr up to `line`, which is to come soon."""
+    text, deadline = "", time.monotonic() + 30
+    while line not in text:
+        assert time.monotonic() < deadline, text
+        time.sleep(0.01)
+        text += capfd.readouterr().err
+    return text
+
+
+def test_a_fault_of_the_server_ends_one_connection_with_one_line(served, capfd, monkeypatch):
+    with Client(served.path) as client, monkeypatch.context() as patch:
+        patch.setattr(served.bus.model, "read", lambda offset: 1 // 0)
+        client.send(REGION_READ, struct.pack("<QII", STATUS, BAR0, 4))
+        assert hangs_up(client)
+    text = waits_for(capfd, "internal error")
+    assert "ZeroDivisionError" in text and "Traceback" not in text
+    with Client(served.path) as client:
+        assert client.read32(STATUS) == 1 << 19 | 1 << 7
+
+
+def test_a_lack_of_file_descriptors_does_not_end_the_service(served, capfd, monkeypatch):
+    monkeypatch.setattr("ixy_numba.sim.vfio_user.RETRY_S", 0.1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Client(served.path):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert os.strerror(errno.EMFILE) in waits_for(capfd, "trying again")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with Client(served.path) as client:
+        assert client.read32(STATUS) == 1 << 19 | 1 << 7
 
 
 def test_a_region_cannot_be_mapped_twice_nor_taken_back_in_part(served, memory):
