@@ -688,3 +688,18 @@ def test_a_socket_in_use_is_refused_and_one_left_behind_is_replaced(served, tmp_
     stale.bind(str(tmp_path / "stale"))
     stale.close()
     Server(str(tmp_path / "stale"), served.bus).close()
+
+
+def test_a_socket_that_nobody_else_can_connect_to_now_is_in_use(served, tmp_path):
+    path = str(tmp_path / "busy")
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(path)
+        busy.listen(0)
+        waiting.connect(path)
+        socket.setdefaulttimeout(5)  # or it would wait for ever
+        try:
+            with pytest.raises(IxyError, match="cannot listen there"):
+                Server(path, served.bus)
+        finally:
+            socket.setdefaulttimeout(None)
+        assert (tmp_path / "busy").exists()

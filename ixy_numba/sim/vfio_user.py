@@ -119,7 +119,8 @@ def _listen(path):
 
 def _answers(path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(path) == 0
+        probe.setblocking(False)
+        return probe.connect_ex(path) in (0, errno.EAGAIN)  # busy, and as many wait to be accepted as can
 
 
 class Connection:
