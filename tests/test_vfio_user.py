@@ -385,6 +385,25 @@ def test_the_pin_fires_again_when_it_is_unmasked_and_still_driven(client):
     assert fired(file) == 0
 
 
+def test_the_pin_fires_once_it_is_enabled_again_and_the_status_shows_it_all_along(client):
+    def status():
+        return client.read(CONFIG, 6, 1)[0] & 1 << 3
+
+    (file,) = client.interrupts(INTX, 1)
+    client.write32(EIMS, 1)
+    client.set_command(1 << 10)  # interrupt disable
+    assert not status()
+    client.write32(EICS, 1)
+    assert status() and fired(file) == 0
+    client.set_command(0)
+    assert status() and fired(file) == 1
+    client.set_command(1 << 10)
+    client.set_command(0)
+    assert fired(file) == 0  # masked since it fired
+    client.read32(0x800)  # EICR: nobody drives it any more
+    assert not status()
+
+
 def test_a_client_can_raise_a_vector_itself(client):
     files = client.interrupts(MSIX, 3)
     client.request(SET_IRQS, struct.pack("<IIIII3B", 23, 2 | 0x20, MSIX, 0, 3, 1, 0, 1))
