@@ -255,6 +255,22 @@ def test_regions_come_and_go(served, client):
         region.close()
 
 
+def test_regions_keep_no_file_open_and_are_unmapped_when_taken_back(served, client, memory):
+    def mapped():
+        with open("/proc/self/maps") as lines:
+            return sum("memfd:guest" in line for line in lines)
+
+    files, before = open_files(), mapped()
+    for k in range(100):
+        client.request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, k << 16, 0x1000), [memory.file])
+    assert served.bus.model.state.mappings == 100
+    assert open_files() <= files and mapped() == before + 100
+    client.request(DMA_UNMAP, struct.pack("<IIQQ", 24, 0, 0, 50 << 16))
+    assert mapped() == before + 50
+    client.request(DMA_UNMAP, struct.pack("<IIQQ", 24, 2, 0, 0))
+    assert mapped() == before
+
+
 def test_regions_without_a_file_or_without_write_access_are_not_reached(served, client, memory):
     client.request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0xC0000, 0x20000))
     client.map(memory, flags=1)

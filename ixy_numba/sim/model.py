@@ -384,16 +384,19 @@ class Model:
 
     # DMA
 
-    def map(self, iova, size, address):
-        """Let the device reach `size` bytes at virtual `address` under `iova`. UsageError where something is mapped."""
+    def map(self, iova, size, address, owner=None):
+        """Let the device reach `size` bytes at virtual `address` under `iova`. UsageError where something is mapped.
+
+        `owner`, the array that the bytes are mapped for, lives as long as the device can reach them.
+        """
         with self.held():
             if size <= 0 or not 0 <= iova < iova + size < 1 << 64:
                 raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: expected a range that ends below 2**64")
-            if any(iova < end and start < iova + size for start, end, _ in self._mappings):
+            if any(iova < end and start < iova + size for start, end, *_ in self._mappings):
                 raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: overlaps one that is there")
             if len(self._mappings) == MAX_MAPPINGS:
                 raise UsageError(f"DMA mapping at {iova:#x}: a device can have {MAX_MAPPINGS}, all are in use")
-            self._mappings.append((iova, iova + size, address))
+            self._mappings.append((iova, iova + size, address, owner))
             self._latch_mappings()
 
     def unmap(self, iova):
@@ -408,7 +411,7 @@ class Model:
     def _latch_mappings(self):
         self._mappings.sort()
         table = np.zeros(MAX_MAPPINGS, self.state.mapping.dtype)
-        table[: len(self._mappings)] = self._mappings
+        table[: len(self._mappings)] = [mapping[:3] for mapping in self._mappings]
         self.state.mapping[:] = table
         self.state.mappings = len(self._mappings)
 
