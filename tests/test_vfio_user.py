@@ -1,7 +1,9 @@
 """The simulated 82599 behind vfio-user: configuration space, DMA map, interrupts, and clients that misbehave."""
 
+import errno
 import mmap
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -253,6 +255,22 @@ def test_regions_come_and_go(served, client):
         region.close()
 
 
+def test_regions_keep_no_file_open_and_are_unmapped_when_taken_back(served, client, memory):
+    def mapped():
+        with open("/proc/self/maps") as lines:
+            return sum("memfd:guest" in line for line in lines)
+
+    files, before = open_files(), mapped()
+    for k in range(100):
+        client.request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, k << 16, 0x1000), [memory.file])
+    assert served.bus.model.state.mappings == 100
+    assert open_files() <= files and mapped() == before + 100
+    client.request(DMA_UNMAP, struct.pack("<IIQQ", 24, 0, 0, 50 << 16))
+    assert mapped() == before + 50
+    client.request(DMA_UNMAP, struct.pack("<IIQQ", 24, 2, 0, 0))
+    assert mapped() == before
+
+
 def test_regions_without_a_file_or_without_write_access_are_not_reached(served, client, memory):
     client.request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0xC0000, 0x20000))
     client.map(memory, flags=1)
@@ -289,6 +307,19 @@ def test_the_queues_registers_can_be_mapped(tmp_path, memory):
         pages[1][0x18 // 4] = 2
         assert served.bus.step() == 0 == served.bus.step() and served.bus.summary()["sent"] == 1
         os.close(file)
+    served.close()
+
+
+def test_the_mapped_registers_cannot_be_cut_off(tmp_path):
+    served = Served(tmp_path, map_rings=True)
+    with Client(served.path) as client:
+        client.send(GET_REGION_INFO, struct.pack("<IIIIQQ", 80, 0, 0, 0, 0, 0))
+        _, (file,) = client.receive()
+        for size in (0x40000, 0):  # to cut it off would end this process
+            with pytest.raises(PermissionError):
+                os.ftruncate(file, size)
+        os.close(file)
+        assert client.read32(STATUS) == 1 << 19 | 1 << 7
     served.close()
 
 
@@ -370,6 +401,25 @@ def test_the_pin_fires_again_when_it_is_unmasked_and_still_driven(client):
     assert fired(file) == 0
 
 
+def test_the_pin_fires_once_it_is_enabled_again_and_the_status_shows_it_all_along(client):
+    def status():
+        return client.read(CONFIG, 6, 1)[0] & 1 << 3
+
+    (file,) = client.interrupts(INTX, 1)
+    client.write32(EIMS, 1)
+    client.set_command(1 << 10)  # interrupt disable
+    assert not status()
+    client.write32(EICS, 1)
+    assert status() and fired(file) == 0
+    client.set_command(0)
+    assert status() and fired(file) == 1
+    client.set_command(1 << 10)
+    client.set_command(0)
+    assert fired(file) == 0  # masked since it fired
+    client.read32(0x800)  # EICR: nobody drives it any more
+    assert not status()
+
+
 def test_a_client_can_raise_a_vector_itself(client):
     files = client.interrupts(MSIX, 3)
     client.request(SET_IRQS, struct.pack("<IIIII3B", 23, 2 | 0x20, MSIX, 0, 3, 1, 0, 1))
@@ -412,7 +462,8 @@ BAD = {
     "an offset that wraps": (request(REGION_READ, struct.pack("<QII", (1 << 64) - 2, 0, 4)), "access of 4 bytes at"),
     "a region that is none": (request(REGION_READ, struct.pack("<QII", 0, 1, 4)), "of region 1, which has 0"),
     "an empty mapping": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0, 0)), "DMA region of 0 bytes"),
-    "a mapping that wraps": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, (1 << 64) - 1, 2)), "is empty, too"),
+    "a mapping that wraps": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, (1 << 64) - 1, 2)), "reaches 2**64"),
+    "a mapping up to the end": (request(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, (1 << 64) - 1, 1)), "reaches 2**64"),
 }
 
 
@@ -504,6 +555,40 @@ def test_file_descriptors_are_counted_checked_and_never_kept(served, capfd):
     while open_files() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert open_files() == before
+
+
+def waits_for(capfd, line):
+    """What went to stderr up to `line`, which is to come soon."""
+    text, deadline = "", time.monotonic() + 30
+    while line not in text:
+        assert time.monotonic() < deadline, text
+        time.sleep(0.01)
+        text += capfd.readouterr().err
+    return text
+
+
+def test_a_fault_of_the_server_ends_one_connection_with_one_line(served, capfd, monkeypatch):
+    with Client(served.path) as client, monkeypatch.context() as patch:
+        patch.setattr(served.bus.model, "read", lambda offset: 1 // 0)
+        client.send(REGION_READ, struct.pack("<QII", STATUS, BAR0, 4))
+        assert hangs_up(client)
+    text = waits_for(capfd, "internal error")
+    assert "ZeroDivisionError" in text and "Traceback" not in text
+    with Client(served.path) as client:
+        assert client.read32(STATUS) == 1 << 19 | 1 << 7
+
+
+def test_a_lack_of_file_descriptors_does_not_end_the_service(served, capfd, monkeypatch):
+    monkeypatch.setattr("ixy_numba.sim.vfio_user.RETRY_S", 0.1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Client(served.path):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert os.strerror(errno.EMFILE) in waits_for(capfd, "trying again")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with Client(served.path) as client:
+        assert client.read32(STATUS) == 1 << 19 | 1 << 7
 
 
 def test_a_region_cannot_be_mapped_twice_nor_taken_back_in_part(served, memory):
@@ -638,3 +723,18 @@ def test_a_socket_in_use_is_refused_and_one_left_behind_is_replaced(served, tmp_
     stale.bind(str(tmp_path / "stale"))
     stale.close()
     Server(str(tmp_path / "stale"), served.bus).close()
+
+
+def test_a_socket_that_nobody_else_can_connect_to_now_is_in_use(served, tmp_path):
+    path = str(tmp_path / "busy")
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(path)
+        busy.listen(0)
+        waiting.connect(path)
+        socket.setdefaulttimeout(5)  # or it would wait for ever
+        try:
+            with pytest.raises(IxyError, match="cannot listen there"):
+                Server(path, served.bus)
+        finally:
+            socket.setdefaulttimeout(None)
+        assert (tmp_path / "busy").exists()

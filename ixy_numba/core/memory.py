@@ -134,6 +134,21 @@ def detach(array):
     _libc.mmap(*_extent(array), _READ_WRITE, flags, -1, ctypes.c_long(0))
 
 
+def sealed_file(name, size, flags=0):
+    """The descriptor of a new memory file: `size` bytes of zeros. `flags` are added to memfd_create's.
+
+    Nobody can change its size: who got the file could otherwise cut it, and the next access here would end the process.
+    """
+    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+    try:
+        os.ftruncate(file, size)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return file
+    except BaseException:
+        os.close(file)
+        raise
+
+
 def map_file(descriptor, start, size):
     """`size` bytes of a file from `start` as uint8, shared with whoever maps it. OSError where that cannot be.
 
@@ -202,11 +217,8 @@ def _new_mapping(length, huge, shared):
     if not shared:
         return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | huge), None
     kind = os.MFD_HUGETLB | huge & ~_MAP_HUGETLB if huge else 0  # the page size has the same place in both flags
-    file = os.memfd_create("ixy_numba", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | kind)
+    file = sealed_file("ixy_numba", length, kind)
     try:
-        os.ftruncate(file, length)
-        # Who has the file could otherwise cut it, and the next access here would end the process.
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return mmap.mmap(file, length, flags=mmap.MAP_SHARED), file
     except BaseException:
         os.close(file)

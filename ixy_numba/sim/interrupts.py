@@ -37,7 +37,7 @@ class Interrupts:
 
     def __init__(self, model):
         self._model, self._state = model, model.state
-        self.port = None
+        self.port, self.pin = None, False  # whether the pin is driven
         self._other_causes = self._other_mask = self._other_sent = 0
         self._next = self._state.next
         self._state.moderation = round(MODERATION_S * model.per_second)
@@ -62,8 +62,13 @@ class Interrupts:
         self._state.happened = self._state.armed = 0
         self._state.alarm = NEVER
         self._state.rx["cause"] = self._state.tx["cause"] = 0
+        self.drive(False)
+
+    def drive(self, on):
+        """Drive the INTx pin or not; what is driven already may be driven again, for a port that did not let it out."""
+        self.pin = on
         if self.port:
-            self.port.level(False)
+            self.port.level(on)
 
     def raise_other(self, causes):
         """Something that is no queue's: `causes` as bits of EICR."""
@@ -178,9 +183,9 @@ class Interrupts:
         if (queues & ~self._queue_sent or others & ~self._other_sent) and self._may_fire(0):
             self._sent(queues, others)
             self.port.message(0)
-            self.port.level(True)
+            self.drive(True)
         if not queues and not others:
-            self.port.level(False)
+            self.drive(False)
 
     def _sent(self, queues, others):
         """A message for these causes: each sends none again before it is cleared, which EIAC does at once."""

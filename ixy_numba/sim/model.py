@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from ..core.errors import IxyError, UsageError
+from ..core.memory import sealed_file
 from ..core.registers import ALL_ONES, Mode
 from ..drivers.ixgbe import regs as r
 from . import regs as m
@@ -36,8 +37,7 @@ class Model:
 
     def __init__(self, mac, device=SFP_PLUS, per_second=1e9):
         self.slot, self.state = ENGINE.new_device()
-        self.bar0_file = os.memfd_create("82599 BAR 0", os.MFD_CLOEXEC)
-        os.ftruncate(self.bar0_file, r.BAR_SIZE)
+        self.bar0_file = sealed_file("82599 BAR 0", r.BAR_SIZE)
         self.bar0 = np.frombuffer(mmap.mmap(self.bar0_file, r.BAR_SIZE), np.uint8)
         self.per_second, self.trace = per_second, None
         self._word = self.bar0.view("<u4")
@@ -387,16 +387,19 @@ class Model:
 
     # DMA
 
-    def map(self, iova, size, address):
-        """Let the device reach `size` bytes at virtual `address` under `iova`. UsageError where something is mapped."""
+    def map(self, iova, size, address, owner=None):
+        """Let the device reach `size` bytes at virtual `address` under `iova`. UsageError where something is mapped.
+
+        `owner`, the array that the bytes are mapped for, lives as long as the device can reach them.
+        """
         with self.held():
-            if size <= 0 or not 0 <= iova < iova + size <= 1 << 64:
-                raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: expected a range below 2**64")
-            if any(iova < end and start < iova + size for start, end, _ in self._mappings):
+            if size <= 0 or not 0 <= iova < iova + size < 1 << 64:
+                raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: expected a range that ends below 2**64")
+            if any(iova < end and start < iova + size for start, end, *_ in self._mappings):
                 raise UsageError(f"DMA mapping of {size} bytes at {iova:#x}: overlaps one that is there")
             if len(self._mappings) == MAX_MAPPINGS:
                 raise UsageError(f"DMA mapping at {iova:#x}: a device can have {MAX_MAPPINGS}, all are in use")
-            self._mappings.append((iova, iova + size, address))
+            self._mappings.append((iova, iova + size, address, owner))
             self._latch_mappings()
 
     def unmap(self, iova):
@@ -411,7 +414,7 @@ class Model:
     def _latch_mappings(self):
         self._mappings.sort()
         table = np.zeros(MAX_MAPPINGS, self.state.mapping.dtype)
-        table[: len(self._mappings)] = self._mappings
+        table[: len(self._mappings)] = [mapping[:3] for mapping in self._mappings]
         self.state.mapping[:] = table
         self.state.mappings = len(self._mappings)
 

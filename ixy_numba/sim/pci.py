@@ -10,7 +10,7 @@ PENDING_BITS = 0x2000  # offset in BAR 4; the MSI-X table is at its start
 COMMAND, STATUS = 0x04, 0x06
 PM, MSI, MSIX, PCIE = 0x40, 0x50, 0x70, 0xA0  # section 9.3: the capabilities, in this order
 DEVICE_CONTROL = PCIE + 8
-BUS_MASTER, INTX_DISABLE, FUNCTION_RESET = 1 << 2, 1 << 10, 1 << 15
+BUS_MASTER, INTX_DISABLE, INTERRUPT_STATUS, FUNCTION_RESET = 1 << 2, 1 << 10, 1 << 3, 1 << 15
 PREFETCHABLE_64, IO = 0xC, 0x1  # types of BARs
 
 # What configuration space holds at first: (offset, struct format, values)
@@ -73,6 +73,8 @@ class PciFunction:
         return int.from_bytes(self.config[COMMAND : COMMAND + 2], "little")
 
     def read_config(self, offset, count):
+        pin = INTERRUPT_STATUS if self.model.interrupts.pin else 0  # whether or not INTX_DISABLE holds it back
+        self.config[STATUS] = self.config[STATUS] & ~INTERRUPT_STATUS | pin
         return bytes(self.config[offset : offset + count])
 
     def write_config(self, offset, data):
@@ -81,7 +83,9 @@ class PciFunction:
         control = DEVICE_CONTROL + 1
         if offset <= control < offset + len(data) and data[control - offset] << 8 & FUNCTION_RESET:
             self.reset()
-        self.model.set_mastering(self.mastering)
+        with self.model.held():
+            self.model.set_mastering(self.mastering)
+            self.model.interrupts.drive(self.model.interrupts.pin)  # INTX_DISABLE may have held it back so far
 
     def read_bar0(self, offset, count):
         """Any bytes, out of whole registers: reading a part of one has all the effects of reading it."""

@@ -22,6 +22,7 @@ from .pci import BAR2_SIZE, BAR4_SIZE, CONFIG_SIZE, VECTORS, PciFunction
 from .state import MAX_MAPPINGS
 
 PATIENCE_S = 10  # for the rest of a message, and for a reply to be taken
+RETRY_S = 1  # until the next client is looked for where one could not be accepted
 HEADER = struct.Struct("<HHIII")  # message id, command, size with header, flags, error number
 REPLY, NO_REPLY, ERROR = 0x1, 0x10, 0x20
 KIND = 0xF
@@ -57,12 +58,12 @@ class Server:
     def __init__(self, path, bus, map_rings=False):
         self.path, self.bus, self.map_rings = path, bus, map_rings
         self.function = PciFunction(bus.model, bus.device)
-        self._listener, self._client, self._closed = _listen(path), None, False
+        self._listener, self._client, self._closed = _listen(path), None, threading.Event()
         self._thread = threading.Thread(target=self._serve, name=f"vfio-user {path}", daemon=True)
         self._thread.start()
 
     def close(self):
-        self._closed = True
+        self._closed.set()
         for one in (self._listener, self._client):
             if one is not None:
                 with contextlib.suppress(OSError):
@@ -73,24 +74,29 @@ class Server:
             os.unlink(self.path)
 
     def _serve(self):
-        while not self._closed:
+        while not self._closed.is_set():
             try:
                 self._client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._closed:  # meanwhile, so that `close` may not have seen the client
-                self._client.close()
-                return
-            self._say("connected")
-            connection = Connection(self._client, self.function, self.bus.model, self.map_rings)
-            try:
-                connection.serve()
+            except OSError as error:  # most likely out of file descriptors, which come back
+                if not self._closed.is_set():
+                    self._say(f"no client can be accepted, trying again: {error.strerror}")
+                    self._closed.wait(RETRY_S)
+                continue
+            with self._client:  # open until all has been said and the device is off
+                if not self._closed.is_set():  # else `close` may not have seen the client
+                    self._serve_client()
+            self._client = None
+
+    def _serve_client(self):
+        self._say("connected")
+        try:
+            with contextlib.closing(Connection(self._client, self.function, self.bus.model, self.map_rings)) as one:
+                one.serve()
                 self._say("disconnected")
-            except (IxyError, OSError) as error:
-                self._say(f"connection ended: {error}")
-            finally:
-                connection.close()
-                self._client = None
+        except (IxyError, OSError) as error:
+            self._say(f"connection ended: {error}")
+        except Exception as error:  # a fault of this program: it must not take the device from those who come next
+            self._say(f"connection ended by an internal error: {error!r}")
 
     def _say(self, text):
         with contextlib.suppress(OSError, ValueError):  # a device works on where nobody reads stderr any more
@@ -113,11 +119,12 @@ def _listen(path):
 
 def _answers(path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(path) == 0
+        probe.setblocking(False)
+        return probe.connect_ex(path) in (0, errno.EAGAIN)  # busy, and as many wait to be accepted as can
 
 
 class Connection:
-    """One client of one device."""
+    """One client of one device. The stream stays the caller's."""
 
     def __init__(self, stream, function, model, map_rings):
         self._stream, self._function, self._model, self._map_rings = stream, function, model, map_rings
@@ -140,7 +147,6 @@ class Connection:
 
     def close(self):
         """The device as if the machine around it had been switched off."""
-        self._stream.close()
         self._function.reset()
         self._model.connect(None)
         self._memory.clear()

@@ -216,9 +216,6 @@ class Client:
     def settimeout(self, _):
         pass
 
-    def close(self):
-        pass
-
 
 def _descriptor(number):
     """An eventfd or 64 KiB of memory."""
