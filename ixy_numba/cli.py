@@ -43,17 +43,18 @@ def device_help():
 
 
 def between(low, high, kind=int):
-    """An argparse type: a number from `low` to `high` (None: no upper end)."""
+    """An argparse type: a number from `low` to `high` (None: what 64 bits hold; no upper end for another `kind`)."""
+    if high is None:
+        high = (1 << 64) - 1 if kind is int else float("inf")
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or value < low or (high is not None and value > high):
+        if value is None or not low <= value <= high:  # nor is nan between anything
             word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {word} " + (
-                f"of at least {low}" if high is None else f"from {low} to {high}"))
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {word} from {low} to {high}")
         return value
 
     return convert
@@ -80,7 +81,8 @@ class Stop:
 def main(run, argv=None):
     """Run an app: `run(argv, stop)` returns its exit code. Ends the process's errors as one line each.
 
-    `stop` is a Stop that Ctrl-C and SIGTERM set. A second Ctrl-C ends the process at once.
+    `stop` is a Stop that Ctrl-C, SIGTERM and SIGHUP set (the last not where it is ignored, as under nohup). A second
+    Ctrl-C ends the process at once.
     """
     stop = Stop()
 
@@ -89,19 +91,27 @@ def main(run, argv=None):
             os._exit(128 + number)  # asked twice: not even for the compiler, which cannot be interrupted
         stop.set()
 
-    previous = [(number, signal.signal(number, ask_to_stop)) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = [(number, signal.signal(number, ask_to_stop)) for number in numbers]
     try:
         code = run(argv, stop)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before we began: `>&-`
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         code = EXIT_OK
     except IxyError as error:
         error = _first(error)
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         code = error.exit_code
+    except OSError as error:  # of the output, such as a full disk; what devices and files raise is an IxyError
+        discard_output()
+        complain(f"the output cannot be written: {error}")
+        code = EXIT_FAILURE
     except MemoryError:
-        print("error: out of memory; use fewer queues or smaller rings", file=sys.stderr)
+        complain("out of memory; use fewer queues or smaller rings")
         code = EXIT_FAILURE
     finally:
         for number, handler in previous:
@@ -114,6 +124,17 @@ def _first(error):
     while isinstance(error.__context__, IxyError) and not error.__suppress_context__:
         error = error.__context__
     return error
+
+
+def complain(what):
+    with contextlib.suppress(OSError):  # the terminal is gone, or the disk of our stderr is full
+        print(f"error: {what}", file=sys.stderr)
+
+
+def discard_output():
+    """What stdout still holds goes nowhere: the interpreter would fail to write it once more when it ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def forward(app, specs, handler, stop, *, state=None, queues=1, ring_size=512, batch_size=32, packets=None,

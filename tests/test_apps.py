@@ -236,9 +236,17 @@ def test_pcap_keeps_snaplen_bytes_and_every_frame_of_a_capture(capture, tmp_path
     ("sim:nonsense", "sim"), ("sim:unknown=1", "sim"), ("sim:gen=", "sim"), ("sim:gen=fast", "sim"),
     ("sim:gen=1,gen=2", "sim"), ("sim:gen=1,in=x", "sim"), ("sim:gen=1,size=7", "sim"), ("0000:03:00.0", "sim"),
     ("",  "sim"), ("sim:device=1572", "sim"), ("sim:device=10ed", "sim"), ("sim:loss=2", "sim"), ("--frobnicate",),
+    ("--duration", "nan"), ("--packets", 1 << 64),
 ])
 def test_fwd_refuses_what_cannot_be(args):
     refused("fwd", *args)
+
+
+def test_every_app_refuses_more_packets_than_64_bits_count():
+    assert f"from 0 to {(1 << 64) - 1}" in refused("pktgen", "sim", "--packets", 1 << 64)
+    assert f"from 0 to {(1 << 64) - 1}" in refused("pcap", "sim", "/dev/null", 1 << 64)
+    result = last_json(app("fwd", "--packets", (1 << 64) - 1, "--duration", 0.1, "--json"))
+    assert 0 < result["forwarded_packets"]
 
 
 def test_apps_refuse_unusable_files(tmp_path):
@@ -264,7 +272,7 @@ def test_frames_that_ethernet_cannot_carry_are_counted(tmp_path):
     assert port["rx_packets"] == 3 and port["rx_errors"] >= 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_stop_cleanly(number):
     process = subprocess.Popen([sys.executable, "-m", "ixy_numba.fwd", "--json"], text=True, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -273,6 +281,20 @@ def test_signals_stop_cleanly(number):
     out, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0 and "Traceback" not in errors
     assert json.loads(out.splitlines()[-1])["forwarded_packets"] > 0
+
+
+@pytest.mark.parametrize("before, heard", [(lambda number, frame: None, True), (signal.SIG_IGN, False)])
+def test_a_hangup_stops_a_run_unless_it_is_ignored(before, heard):
+    def run(argv, stop):
+        signal.raise_signal(signal.SIGHUP)
+        return stop.is_set()
+
+    at_first = signal.signal(signal.SIGHUP, before)
+    try:
+        assert cli.main(run) == heard
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, at_first)
 
 
 def test_ctrl_c_during_compilation(tmp_path):
@@ -293,6 +315,15 @@ def test_output_closed_early():
     done = subprocess.run(f"{sys.executable} -m ixy_numba.fwd --duration 4 | head -n 1", shell=True, text=True,
                           timeout=LIMIT_S, capture_output=True)
     assert "Mpps" in done.stdout and done.stderr == ""
+
+
+def test_output_that_cannot_be_written():
+    for target, code, errors in ((">/dev/full", 1, "error: the output cannot be written: [Errno 28] No space left"),
+                                 (">/dev/full 2>&1", 1, ""), (">&-", 0, "")):
+        done = subprocess.run(f"{sys.executable} -m ixy_numba.fwd --packets 1000 {target}", shell=True, text=True,
+                              timeout=LIMIT_S, capture_output=True)
+        assert done.returncode == code and done.stdout == "", target
+        assert done.stderr.startswith(errors) and len(done.stderr.splitlines()) == bool(errors), done.stderr
 
 
 @pytest.mark.parametrize("name", ["fwd", "pktgen", "pcap"])

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,12 @@ def test_help_says_what_a_tool_does(args):
     (("hugepages", "set", "many"), 2, "many"), (("hugepages", "set", "-1"), 2, "-1"),
     (("hugepages", "set", "1", "--node", "77", "--dry-run"), 2, "node 77"),
     (("bind", "vfio", "ffff:ff:1f.7", "--dry-run"), 2, "no PCI device"), (("bind", "frobnicate"), 2, "frobnicate"),
-    (("registers", "sim:nonsense"), 2, "nonsense"), (("registers", "sim", "NOPE"), 1, "NOPE"),
+    (("registers", "sim:nonsense"), 2, "nonsense"), (("registers", "sim", "CTRL", "NOPE"), 2, "NOPE"),
+    (("registers", "sim", "EICR"), 1, "EICR"), (("registers", "vhost-user:/nowhere"), 2, "expected a PCI address"),
     (("registers", "ffff:ff:1f.7"), 2, "no PCI device"),
+    (("bind", "vfio", A, "--user", "-1"), 2, "a uid"), (("bind", "vfio", A, "--user", "4294967295"), 2, "a uid"),
+    (("guest", "run", "--user", "99999999999", "--", "true"), 2, "a uid"),
+    (("guest", "run", "--console", "/nowhere/log", "--", "true"), 2, "/nowhere/log"),
     (("guest", "run", "--nic", "token-ring", "--", "true"), 2, "token-ring"), (("guest", "run"), 2, "COMMAND"),
 ])
 def test_what_cannot_be_is_one_line(args, code, word):
@@ -110,6 +115,15 @@ def test_a_kernel_without_numa_or_without_huge_pages(tmp_path, capsys):
         hugepages.command(["set", "1", "--size", "1G"], tmp_path)
 
 
+def test_nothing_is_set_that_could_not_be_undone(nodes):
+    hugepages.command(["set", "64", "--node", "0"], nodes)
+    kept = (nodes / hugepages.MEMORY).read_text()
+    (nodes / hugepages.MEMORY).with_suffix(".new").mkdir()
+    with pytest.raises(Refused, match="nothing could be undone"):
+        hugepages.command(["set", "64"], nodes)
+    assert pages(nodes)["2M on node 1"] == 0 and (nodes / hugepages.MEMORY).read_text() == kept
+
+
 def test_a_damaged_memory_is_one_line(nodes):
     (nodes / hugepages.MEMORY).write_text("{")
     with pytest.raises(Refused, match="remove it"):
@@ -166,6 +180,14 @@ def test_bind_to_vfio_and_back(machine, capsys):
     capsys.readouterr()
     bind.command(["undo"], machine.root)
     assert "nothing to undo" in capsys.readouterr().out
+
+
+def test_undo_passes_over_a_card_that_is_gone(machine, capsys):
+    bind.command(["vfio", A, B], machine.root)
+    shutil.rmtree(machine.path(A))
+    bind.command(["undo"], machine.root)
+    assert Function(B, machine.root).driver == "ixgbe" and not (machine.root / bind.MEMORY).exists()
+    assert f"note: {A} is no longer there" in capsys.readouterr().out
 
 
 def test_a_card_that_had_no_driver_has_none_again(machine):
@@ -241,6 +263,23 @@ def test_status_tells_what_would_happen(machine, capsys):
         "with --unbind"]
 
 
+def test_status_of_vfio_without_an_iommu(machine, capsys):
+    bind.command(["vfio", A, B], machine.root)
+    (machine.root / "dev/vfio/1").rename(machine.root / "dev/vfio/noiommu-1")
+    (machine.path(B) / "iommu_group").unlink()
+    capsys.readouterr()
+    bind.command(["status"], machine.root)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("; ")[1] for line in lines] == [
+        "bound to vfio-pci, but there is no IOMMU: unbind it, then it is used by root through sysfs"] * 2
+
+
+def test_status_of_an_iommu_that_lets_physical_addresses_through(machine, capsys):
+    (machine.path(A) / "iommu_group/type").write_text("identity\n")
+    bind.command(["status", A], machine.root)
+    assert capsys.readouterr().out.endswith("; used by root through sysfs, with --unbind\n")
+
+
 # ---- registers
 
 def test_registers_of_a_card_are_looked_at_only(tmp_path, capsys):
@@ -274,12 +313,29 @@ def test_registers_that_cannot_be_seen(tmp_path):
         registers.command([B], tmp_path)
 
 
+def test_registers_of_a_driver_without_a_table(tmp_path):
+    FakeMachine(tmp_path).add(A, ids=(0x1AF4, 0x1041))
+    with pytest.raises(Refused, match=f"{A}: the virtio driver has no table of registers"):
+        registers.command([A], tmp_path)
+
+
 def test_registers_of_a_simulated_card(capsys):
     registers.command(["sim", "RXDCTL"])
     assert "(ENABLE)" in capsys.readouterr().out
 
 
 # ---- the guest, as far as it goes without one
+
+def test_a_console_that_is_lost_does_not_hide_how_the_command_ended(tmp_path, capsys):
+    class Ended:
+        def text(self, name):
+            return f"{name} of the guest"
+
+    guest.keep_console(Ended(), tmp_path)
+    assert capsys.readouterr().err == f"the console is lost: {tmp_path}: Is a directory\n"
+    guest.keep_console(Ended(), tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "console of the guest"
+
 
 def test_a_machine_without_the_guests_parts(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,5 +1,6 @@
 """Tools around the drivers, each run as `python -m tools.NAME` from the checkout: how they end, in one place."""
 
+import argparse
 import os
 import signal
 import sys
@@ -15,6 +16,14 @@ class Misused(Refused):
     """The arguments cannot be right. Exit code 2."""
 
     exit_code = 2
+
+
+def uid(text):
+    """An argparse type: a user's number. The highest of 32 bits is none: to chown it means to leave the owner."""
+    number = int(text)
+    if not 0 <= number < (1 << 32) - 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a uid, from 0 to {(1 << 32) - 2}")
+    return number
 
 
 def main(run):

@@ -7,14 +7,15 @@ it) is left alone. What was there before is remembered for `undo`, until the nex
 import argparse
 import errno
 import fcntl
-import json
 import os
 import subprocess
 from pathlib import Path
 
 from ixy_numba.bus.pci import ETHERNET, Function, network_functions
+from ixy_numba.core.errors import UsageError
 
-from . import Misused, Refused, main
+from . import Misused, Refused, main, uid
+from .memory import remember, remembered
 
 VFIO = "vfio-pci"
 MEMORY = "run/ixy_numba-bind.json"
@@ -61,13 +62,20 @@ def others(function):
     return [Function(path.name, function.root) for path in sorted(members) if path.name != function.address]
 
 
+def group_file(function):
+    """What a process opens to have its IOMMU group, or None. `noiommu-N`: vfio-pci has it, but there is no IOMMU."""
+    folder, group = function.root / "dev/vfio", function.iommu_group
+    files = [folder / f"noiommu-{group}", folder / group] if group is not None else []
+    return next((file for file in files if file.exists()), None)
+
+
 def busy(function):
     """Why nobody may take the card from who has it now, or None."""
     try:
         with open(function.path / "config", "rb") as config:
             fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an application holds it, see ixy_numba.bus.sysfs
-        if function.driver == VFIO:  # unbinding would wait until the application ends
-            os.close(os.open(function.root / "dev/vfio" / function.iommu_group, os.O_RDWR))
+        if function.driver == VFIO and (group := group_file(function)):  # unbinding would wait for the application
+            os.close(os.open(group, os.O_RDWR))
     except BlockingIOError:
         return "a process drives it"
     except OSError as error:
@@ -76,18 +84,26 @@ def busy(function):
     return function.use
 
 
+def translated(function):
+    """Whether its IOMMU lets no physical address through: what ixy_numba.bus.sysfs goes by."""
+    return function.iommu_group is not None and (function.path / "iommu_group/type").read_text().strip() != "identity"
+
+
 def outlook(function):
     """In words: what happens if an application opens this card."""
     why = busy(function)
     if why:
         return f"in use: {why}"
     if function.driver == VFIO:
+        group = group_file(function)
+        if group is None or group.name != function.iommu_group:
+            return "bound to vfio-pci, but there is no IOMMU: unbind it, then it is used by root through sysfs"
         blocking = [f"{other.address} ({other.driver})" for other in others(function) if other.driver not in HARMLESS]
         if blocking:
             return f"its IOMMU group is not viable: also bind or unbind {', '.join(blocking)}"
-        owner = (function.root / "dev/vfio" / function.iommu_group).stat().st_uid
+        owner = group.stat().st_uid
         return f"used through VFIO, by {'root' if owner == 0 else f'uid {owner}'}"
-    if function.iommu_group is not None:
+    if translated(function):
         return "behind an IOMMU: bind it to vfio-pci first"
     return "used by root through sysfs" + (", with --unbind" if function.driver else "")
 
@@ -147,29 +163,16 @@ def rebind(steps, function, driver):
         raise Refused(f"{function.address}: {driver} has not taken it; dmesg may say why")
 
 
-def remember(steps, function):
-    """The driver before the first change is the one to go back to."""
-    before = remembered(steps.root)
-    if not steps.dry_run and function.address not in before:
-        memory = steps.root / MEMORY
-        Steps._try(lambda: memory.write_text(json.dumps({**before, function.address: function.driver})), memory)
-
-
-def remembered(root):
-    memory = Path(root) / MEMORY
-    try:
-        return json.loads(memory.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise Refused(f"{memory} cannot be read ({error}); remove it, then nothing can be undone") from None
-
-
 def undo(steps, force):
-    before = remembered(steps.root)
+    memory, functions = steps.root / MEMORY, []
+    before = remembered(memory)  # {address: driver}
     if not before:
         print("nothing to undo: this tool has changed nothing since the machine was started")
-    functions = [Function(address, steps.root) for address in before]
+    for address in before:
+        try:
+            functions.append(Function(address, steps.root))
+        except UsageError:
+            print(f"note: {address} is no longer there; nothing is undone for it")
     for function in functions:
         if function.driver != before[function.address]:
             check(function, force)
@@ -183,7 +186,7 @@ def undo(steps, force):
         elif function.driver != driver:
             to_kernel(steps, function)
     if not steps.dry_run:
-        (steps.root / MEMORY).unlink(missing_ok=True)
+        memory.unlink(missing_ok=True)
 
 
 def arguments():
@@ -201,7 +204,7 @@ def arguments():
         if name != "undo":
             verb.add_argument("addresses", nargs="+", metavar="ADDRESS", help="PCI address such as 0000:03:00.0")
         if name == "vfio":
-            verb.add_argument("--user", type=int, metavar="UID", help="let this user open the cards' IOMMU groups")
+            verb.add_argument("--user", type=uid, metavar="UID", help="let this user open the cards' IOMMU groups")
         verb.add_argument("--dry-run", action="store_true", help="print what would be done, do nothing")
         verb.add_argument("--force", action="store_true", help="even if a card is in use")
     return parser
@@ -220,7 +223,8 @@ def command(argv=None, root="/"):
             raise Misused(f"{function}: this is no network card")
         check(function, args.force)
     for function in functions:
-        remember(steps, function)
+        if not args.dry_run:
+            remember(steps.root / MEMORY, function.address, function.driver)
         if args.verb == "vfio":
             to_vfio(steps, function, args.user)
         else:

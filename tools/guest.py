@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import Misused, Refused, guest_parts, main
+from . import Refused, guest_parts, main, uid
 
 # QEMU's devices by the names used here. Those on a port of their own are PCI Express, behind bus 1, 2, …; the others
 # sit on the root bus, where an I/O port BAR is possible.
@@ -232,6 +232,15 @@ def nic(text):
     return kind, path or None
 
 
+def writable(text):
+    """An argparse type: a file that can be written to, tried now and not when the guest has ended."""
+    try:
+        open(text, "a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from None
+    return Path(text)
+
+
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m tools.guest", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,12 +259,21 @@ def arguments():
     run.add_argument("--iommu", action="store_true", help="with an emulated Intel IOMMU")
     run.add_argument("--memory", default="2G", help="default 2G")
     run.add_argument("--hugepages", type=int, default=64, metavar="N", help="huge pages of 2 MiB (default 64)")
-    run.add_argument("--user", type=int, metavar="UID", help="run the command as this user, not as root")
+    run.add_argument("--user", type=uid, metavar="UID", help="run the command as this user, not as root")
     run.add_argument("--append", default="", metavar="WORDS", help="more for the kernel's command line")
     run.add_argument("--timeout", type=float, default=300, metavar="S", help="end the guest after S seconds (300)")
-    run.add_argument("--console", metavar="FILE", help="keep the console's log (default: after a failure only)")
+    run.add_argument("--console", type=writable, metavar="FILE",
+                     help="keep the console's log (default: after a failure only)")
     run.add_argument("command", nargs="+", metavar="-- COMMAND …")
     return parser
+
+
+def keep_console(guest, path):
+    try:
+        path.write_text(guest.text("console"))
+        print(f"console: {path}", file=sys.stderr)
+    except OSError as error:  # how the command ended counts for more
+        print(f"the console is lost: {path}: {error.strerror}", file=sys.stderr)
 
 
 def run(args):
@@ -266,9 +284,7 @@ def run(args):
             code = follow(guest, args.timeout)
         finally:
             if args.console or code != 0:
-                kept = Path(args.console or guest_parts.cache_folder() / "last-console.log")
-                kept.write_text(guest.text("console"))
-                print(f"console: {kept}", file=sys.stderr)
+                keep_console(guest, args.console or guest_parts.cache_folder() / "last-console.log")
     return code
 
 
@@ -277,8 +293,6 @@ def command(argv=None):
     if args.verb == "setup":
         print(f"guest parts are in {guest_parts.set_up(print, args.mirror, args.again).root.parent}")
         return 0
-    if args.user is not None and not 0 <= args.user < 1 << 32:
-        raise Misused(f"--user {args.user}: expected a uid")
     return run(args)
 
 

@@ -4,10 +4,10 @@ The kernel's settings, per NUMA node, until the next boot; what was set before i
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from . import Misused, Refused, main
+from .memory import remember, remembered
 
 SIZES = {"2M": 2048, "1G": 1048576}  # in kB, as the kernel names them
 MEMORY = "run/ixy_numba-hugepages.json"  # gone with the next boot, like the settings
@@ -51,16 +51,14 @@ def places(root="/"):
 
 def change(wanted, root, dry_run):
     """Set [(place, pages)], remembering what was there; returns the exit code: 1 if the kernel found too few pages."""
-    memory, short = Path(root) / MEMORY, False
-    before = remembered(memory)
+    short = False
     for place, pages in wanted:
         now = place.read("nr_hugepages")
         print(f"{place}: {now} -> {pages} pages{' (not done: --dry-run)' * dry_run}")
         if dry_run or now == pages:
             continue
+        remember(Path(root) / MEMORY, str(place.path), now)
         got = place.set(pages)
-        before.setdefault(str(place.path), now)  # the first value is the one to go back to
-        memory.write_text(json.dumps(before))
         if got != pages:
             short = True
             print(f"{place}: the kernel has {got} now: its memory is in pieces or in use; set them aside at boot with "
@@ -68,19 +66,9 @@ def change(wanted, root, dry_run):
     return int(short)
 
 
-def remembered(memory):
-    """{path: pages} before the first `set`."""
-    try:
-        return json.loads(memory.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise Refused(f"{memory} cannot be read ({error}); remove it, then nothing can be undone") from None
-
-
 def undo(root, dry_run):
     memory = Path(root) / MEMORY
-    before = remembered(memory)
+    before = remembered(memory)  # {path: pages}
     if not before:
         print("nothing to undo: this tool has set nothing since the machine was started")
         return 0
