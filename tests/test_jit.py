@@ -193,6 +193,108 @@ def test_fingerprints_see_closures_defaults_and_intrinsics():
     assert made(one) != made(two)
 
 
+PRELUDE = """
+import enum, functools, numba, numpy as np, types
+from collections import namedtuple
+from numba.extending import overload
+from ixy_numba import kernel
+from ixy_numba.core.jit import OPTIONS
+
+def same(x): return x
+def neg(x): return -x
+
+def with_closure(module):
+    return lambda x: x + module.K
+m = types.ModuleType("m")
+closed = with_closure(m)
+"""
+EDITS = {  # what a user changes elsewhere: before, after, and the expression that a kernel has it in
+    "keyword parameters": ("def g(value, offset): return value - offset", "def g(offset, value): return offset - value",
+                           "g(value=x, offset=1)"),
+    "keyword default": ("def g(x, *, by=1): return x + by", "def g(x, *, by=2): return x + by", "g(x)"),
+    "wrapper": ("@functools.wraps(np.sum)\ndef g(x): return x + 1", "@functools.wraps(np.sum)\ndef g(x): return x + 2",
+                "g(x)"),
+    "compiler option": ("g = numba.njit(same)", "g = numba.njit(fastmath=True)(same)", "g(x)"),
+    "order of functions": ("K = (same, neg)", "K = (neg, same)", "same(x) + neg(x) + K[0](x)"),
+    "overload": ("def g(x): pass\n@overload(g, jit_options=OPTIONS)\ndef _(x): return lambda x: x + 1",
+                 "def g(x): pass\n@overload(g, jit_options=OPTIONS)\ndef _(x): return lambda x: x + 2", "g(x)"),
+    "module in a closure": ("m.K = 1", "m.K = 2", "closed(x)"),
+    "Numba type": ("K = numba.uint8", "K = numba.int64", "K(x)"),
+    "NamedTuple": ("K = namedtuple('C', 'a b')(1, 2)", "K = namedtuple('C', 'b a')(1, 2)", "x + K.a"),
+    "NamedTuple class": ("C = namedtuple('C', 'a b')", "C = namedtuple('C', 'b a')", "C(1, x).a"),
+    "NamedTuple default": ("C = namedtuple('C', 'a', defaults=[1])", "C = namedtuple('C', 'a', defaults=[2])", "C().a"),
+    "enumeration looked up": ("K = enum.IntEnum('K', {'A': 1})", "K = enum.IntEnum('K', {'A': 2})", "K['A'] + x"),
+    "nesting": ("K = ((1, 2), 3)", "K = ((1, 2, 3),)", "len(K[0])"),
+    "list or tuple": ("K = [1, 2]", "K = (1, 2)", "K[0]"),
+    "dictionary": ("K = {'a': 1}", "K = {'a': 2}", "K['a']"),
+    "set": ("K = {1, 2}", "K = {1, 3}", "x in K"),
+    "partial": ("K = functools.partial(same, 1)", "K = functools.partial(same, 2)", "K()"),
+    "NumPy scalar": ("K = np.float64(1)", "K = np.array(1.0)", "x + K"),
+    "array order": ("K = np.zeros((2, 2))", "K = np.zeros((2, 2), order='F')", "K[0]"),
+}
+
+
+@compiled_only
+@pytest.mark.parametrize("what", EDITS)
+def test_a_fingerprint_tells_one_from_the_other(what):
+    def told(definition):
+        names = {"__name__": "helpers"}
+        exec(f"{PRELUDE}\n{definition}\n@kernel\ndef f(x): return {expression}", names)
+        return fingerprint(names["f"])
+
+    before, after, expression = EDITS[what]
+    assert told(before) == told(before) != told(after)
+
+
+def test_constants_that_are_equal_or_look_alike_are_told_apart():
+    def told(value):
+        return fingerprint(lambda: value)
+
+    alike = [1, True, 1.0, 1 + 0j, "1", b"1", np.int8(1), np.uint8(1), np.bool_(1), (1,), [1], {1}, {1: 1}, None,
+             "None", 0.0, -0.0, "", b"", (), int, "int", np.dtype("<u4"), np.dtype(">u4"), numba.uint32, "uint32", ...]
+    assert len(set(map(told, alike))) == len(alike)
+
+
+OPAQUE = """
+from numba.extending import overload
+from ixy_numba import handler, kernel
+from ixy_numba.core.jit import OPTIONS, compiled_signatures
+
+class Settings:
+    pass
+settings = Settings()
+settings.step = 1
+
+def step():
+    pass
+@overload(step, jit_options=OPTIONS)
+def _step():
+    value = settings.step
+    return lambda: value
+
+@kernel
+def work(x):
+    return x + step()
+@handler
+def drop(packet):
+    return -step()
+@kernel
+def ask(handler):
+    return 7
+print(work(1), *compiled_signatures(work), ask(drop), *compiled_signatures(ask))
+"""
+
+
+@compiled_only
+def test_what_refers_to_an_object_that_nothing_is_known_of_is_not_kept(project):
+    for step in (1, 5):
+        project.write("opaque.py", OPAQUE.replace("step = 1", f"step = {step}"))
+        words, errors = project.run("opaque.py")
+        assert [int(word) for word in words] == [1 + step, 1, 0, 7, 1, 0] and not files(project)
+        for name in ("work", "drop"):
+            assert errors.count(f"{name} is compiled anew at each start: it refers to an object of __main__.Se") == 1
+
+
 # ---- the package itself
 
 RESIZE = ("-c", "import numpy as np\nfrom ixy_numba import resize\nfrom ixy_numba.core.jit import compiled_signatures\n"
@@ -269,7 +371,7 @@ print(own.stats.cache_path)
 def find(monkeypatch, **places):
     """cache_directory() for these settings, NUMBA_CACHE_DIR, XDG_CACHE_HOME, HOME and temporary directory."""
     nowhere = "/proc/nowhere"
-    jit._warn.cache_clear()
+    jit.warn.cache_clear()
     monkeypatch.setattr(jit.config, "CACHE_DIR", str(places.get("numba", "")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(places.get("xdg", "")))
     monkeypatch.setenv("HOME", str(places.get("home", nowhere)))

@@ -1,14 +1,13 @@
-"""`kernel`, the one decorator for compiled code, and the JIT cache that can never run stale code.
+"""`kernel`, the one decorator for compiled code, and the JIT cache that does not run stale code.
 
 Numba keys a cached function by its own bytecode only: an edited helper in another module, or another compile mode,
 silently runs the old machine code. Here the cache directory is named by the mode and a hash of every source of this
-package, and kernels from elsewhere are keyed by a fingerprint of all that they reference as well.
+package, and kernels from elsewhere are keyed by a fingerprint of all that they reference as well (`core.fingerprint`).
 """
 
 import contextlib
 import functools
 import hashlib
-import inspect
 import io
 import os
 import pickle
@@ -17,19 +16,17 @@ import stat
 import sys
 import tempfile
 import threading
-import types as pytypes
-import warnings
-from enum import Enum, EnumType
 from pathlib import Path
 
 import numba
 import numpy as np
-from numba.core import caching, config, serialize, sigutils, types
+from numba.core import caching, config, serialize, sigutils
 from numba.core.compiler import CompileResult
 from numba.core.dispatcher import Dispatcher
 
 from . import checked
 from .errors import UsageError
+from .fingerprint import PACKAGE, UNKNOWN, describe, fingerprint, module_of, warn
 
 PROTECTIONS = ("memory_bounds", "memory_use_after_free", "packet_bounds", "packet_use_after_free", "integer_overflow")
 
@@ -58,8 +55,6 @@ INTERPRETED = bool(config.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is a
 OPTIONS = {"boundscheck": "memory_bounds" in PROTECTED,
            "pipeline_class": checked.pipeline("integer_overflow" in PROTECTED, "memory_bounds" in PROTECTED)}
 
-PACKAGE = Path(__file__).resolve().parent.parent
-
 
 def kernel(function=None, *, inline=False):
     """Compile `function` with Numba: without the GIL, cached on disk, every index and integer operation checked.
@@ -78,77 +73,6 @@ def kernel(function=None, *, inline=False):
     if cache is not None:
         compiled._cache = cache
     return compiled
-
-
-def fingerprint(function):
-    """Hash of a function's code and of everything that its globals and closure bring into the compiled result."""
-    digest = hashlib.sha256()
-    _absorb(digest, function, set())
-    return digest.hexdigest()[:32]
-
-
-def _absorb(digest, value, seen):
-    if hasattr(value, "__wrapped__") and not isinstance(value, type):
-        value = inspect.unwrap(value)  # a kernel, an intrinsic or a handler stands for its source
-    if isinstance(value, pytypes.FunctionType):
-        if id(value) in seen:
-            return
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        if seen and _is_ours(value):  # the cache directory's name tells our own sources
-            digest.update(f"{value.__module__}.{value.__qualname__}".encode())
-        else:
-            seen.add(id(value))
-            _absorb_code(digest, value.__code__, value.__globals__, seen)
-        for part in [*cells, *(value.__defaults__ or ())]:
-            _absorb(digest, part, seen)
-    elif isinstance(value, (np.ndarray, np.generic)):
-        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
-    elif isinstance(value, (tuple, list, frozenset)):
-        for part in sorted(value, key=repr) if isinstance(value, frozenset) else value:
-            _absorb(digest, part, seen)
-    elif isinstance(value, (type, pytypes.ModuleType, pytypes.BuiltinFunctionType)):
-        digest.update(f"{value.__name__}{getattr(value, '__version__', '')}".encode())
-    elif isinstance(value, (int, float, complex, str, bytes, Enum, np.dtype, type(None), type(Ellipsis))):
-        digest.update(f"{type(value).__name__}{value!r}".encode())
-    else:
-        digest.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
-
-
-def _absorb_code(digest, code, names, seen):
-    digest.update(code.co_code + code.co_exceptiontable)
-    for constant in code.co_consts:
-        if isinstance(constant, pytypes.CodeType):
-            _absorb_code(digest, constant, names, seen)
-        else:
-            _absorb(digest, constant, seen)
-    scopes, entered = [names], set()
-    for scope in scopes:  # which grows: `helpers.limits.MAX` has all three of its names in co_names
-        for value in [scope[name] for name in code.co_names if name in scope]:
-            if id(value) not in entered:
-                entered.add(id(value))
-                scopes.append(_inside(value))
-    for name in code.co_names:
-        digest.update(name.encode())
-        for scope in scopes:
-            if name in scope:
-                _absorb(digest, scope[name], seen)
-
-
-def _inside(value):
-    """{name: value} of what a kernel may refer to through `value`: a module that may change, or an enumeration."""
-    if isinstance(value, pytypes.ModuleType) and value.__name__.split(".")[0] not in ("numpy", "math", "numba"):
-        return vars(value)
-    return value.__members__ if isinstance(value, EnumType) else {}
-
-
-def module_of(function):
-    """The name that a function's module is imported by, also where `python -m` runs it as `__main__`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if function.__module__ == "__main__" and spec is not None else function.__module__
-
-
-def _is_ours(function):
-    return function.__module__ is not None and module_of(function).split(".")[0] == PACKAGE.name
 
 
 @functools.cache
@@ -176,8 +100,8 @@ def cache_directory():
             info = private.lstat()
             if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077:
                 return _writable(private / leaf)
-    _warn("no writable cache directory, kernels are compiled anew at each start; set NUMBA_CACHE_DIR to a writable "
-          "directory")
+    warn("no writable cache directory, kernels are compiled anew at each start; set NUMBA_CACHE_DIR to a writable "
+         "directory")
     return None
 
 
@@ -211,10 +135,14 @@ class _KernelCache(caching.NullCache):
         return str(cache_directory())
 
     def _path(self, signature, target_context):
+        """The file of one version; None if it must not be kept."""
         function = self._function
-        parts = [numba.__version__, sys.version, target_context.codegen().magic_tuple(), fingerprint(function),
-                 self._inline, os.path.abspath(function.__code__.co_filename), function.__code__.co_firstlineno,
-                 [_describe(kind) for kind in sigutils.normalize_signature(signature)[0]]]
+        parts = [numba.__version__, np.__version__, sys.version, target_context.codegen().magic_tuple(),
+                 fingerprint(function), self._inline, os.path.abspath(function.__code__.co_filename),
+                 function.__code__.co_firstlineno,
+                 [describe(kind) for kind in sigutils.normalize_signature(signature)[0]]]
+        if UNKNOWN in repr(parts):  # the kernel's own, or that of a handler among the arguments
+            return None
         name = re.sub(r"[^\w.]", "", f"{module_of(function)}.{function.__qualname__}")[:100]
         return cache_directory() / f"{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.nbc"
 
@@ -232,10 +160,12 @@ class _KernelCache(caching.NullCache):
 
     def save_overload(self, sig, data):
         if data.library.has_dynamic_globals:
-            _warn(f"{self._function.__qualname__} is compiled anew at each start: it uses pointers or large global "
-                  "arrays; pass them as arguments")
+            warn(f"{self._function.__qualname__} is compiled anew at each start: it uses pointers or large global "
+                 "arrays; pass them as arguments")
             return
         path = self._path(sig, data.target_context)
+        if path is None:
+            return
         fresh = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         try:
             payload = _dumps(data._reduce())
@@ -244,22 +174,7 @@ class _KernelCache(caching.NullCache):
         except OSError as error:
             with contextlib.suppress(OSError):  # a directory that another user owns
                 fresh.unlink(missing_ok=True)
-            _warn(f"cannot save compiled kernels in {cache_directory()}: {error.strerror}")
-
-
-@functools.cache  # once each: Numba resets what Python's own filter remembers
-def _warn(message):
-    warnings.warn(f"ixy_numba: {message}", RuntimeWarning, stacklevel=3)
-
-
-def _describe(kind):
-    """A Numba type in words that are the same in every process."""
-    parts, python_class = [str(kind)], getattr(kind, "instance_class", None)
-    if python_class is not None:
-        parts.append(f"{python_class.__module__}.{python_class.__qualname__}{getattr(python_class, '_fields', '')}")
-    if isinstance(kind, types.BaseTuple):
-        parts += map(_describe, kind.types)
-    return " ".join(parts)
+            warn(f"cannot save compiled kernels in {cache_directory()}: {error.strerror}")
 
 
 class _Pickler(serialize.NumbaPickler):
