@@ -232,7 +232,7 @@ class Report:
             tick()
             now = time.monotonic()
             if run.began is None:
-                if not told and now - asked > 1.5 and sys.stderr.isatty():
+                if not told and now - asked > 1.5 and sys.stderr and sys.stderr.isatty():
                     told = True
                     print("compiling kernels for this machine (once; they are cached) …", file=sys.stderr, flush=True)
             else:
