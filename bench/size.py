@@ -18,8 +18,8 @@ PARTS = {
                "ixy_numba/drivers/ixgbe/kernels.py", "ixy_numba/device.py", "ixy_numba/datapath.py",
                "ixy_numba/waiting.py", "ixy_numba/bus/__init__.py"),
     "core": tuple(f"ixy_numba/core/{name}.py" for name in (
-        "__init__", "checked", "dispatch", "errors", "integers", "jit", "libc", "lifetime", "memory", "mmio", "packet",
-        "pool", "raw", "registers", "thread")),
+        "__init__", "checked", "dispatch", "errors", "fingerprint", "integers", "jit", "libc", "lifetime", "memory",
+        "mmio", "packet", "pool", "raw", "registers", "thread")),
     "forwarder": ("ixy_numba/__init__.py", "ixy_numba/cli.py", "ixy_numba/forwarder.py", "ixy_numba/fwd.py"),
 }
 # Not in the total, as the published table leaves out what not every driver has.

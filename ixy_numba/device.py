@@ -144,6 +144,20 @@ class Device(ABC):
         self._set_promiscuous(on)
         self.promiscuous = on
 
+    def set_mac(self, address):
+        """Change the address that the filter accepts."""
+        self._check_open()
+        if len(address) != 6 or address[0] & 1:
+            raise UsageError(f"{self.name}: MAC address {bytes(address).hex(':')}: expected 6 bytes, no group address")
+        self._set_mac(bytes(address))
+
+    def wait_for_link(self, timeout_s=10.0):
+        """Mbit/s of the link, 0 if it is still down after `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        while not (mbit := self.link_mbit) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return mbit
+
     def close(self, timeout_s=60.0):
         """Kernels stopped, queues off, DMA stopped, memory back. Safe to call twice.
 
@@ -246,10 +260,6 @@ class Device(ABC):
     def _set_promiscuous(self, on):
         """Switch the filter."""
 
-    @abstractmethod
-    def wait_for_link(self, timeout_s=10.0):
-        """Mbit/s of the link, 0 if it is still down after `timeout_s` seconds."""
-
     @property
     @abstractmethod
     def link_mbit(self):
@@ -261,8 +271,8 @@ class Device(ABC):
         """The address that the filter accepts, 6 bytes."""
 
     @abstractmethod
-    def set_mac(self, address):
-        """Change it."""
+    def _set_mac(self, address):
+        """Change it; it has been checked."""
 
 
 os.register_at_fork(after_in_child=_open.clear)  # a device stays its parent's

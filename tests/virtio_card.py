@@ -113,6 +113,8 @@ class Card(PciBus, Side):
 
     def unmap_dma(self, memory): ...
 
+    def stop_dma(self): ...
+
     def check(self):
         raise AssertionError("the driver asks the card itself")
 

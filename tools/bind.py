@@ -84,11 +84,6 @@ def busy(function):
     return function.use
 
 
-def translated(function):
-    """Whether its IOMMU lets no physical address through: what ixy_numba.bus.sysfs goes by."""
-    return function.iommu_group is not None and (function.path / "iommu_group/type").read_text().strip() != "identity"
-
-
 def outlook(function):
     """In words: what happens if an application opens this card."""
     why = busy(function)
@@ -103,7 +98,7 @@ def outlook(function):
             return f"its IOMMU group is not viable: also bind or unbind {', '.join(blocking)}"
         owner = group.stat().st_uid
         return f"used through VFIO, by {'root' if owner == 0 else f'uid {owner}'}"
-    if translated(function):
+    if function.translated:
         return "behind an IOMMU: bind it to vfio-pci first"
     return "used by root through sysfs" + (", with --unbind" if function.driver else "")
 

@@ -62,6 +62,11 @@ class Function:
         return _link_name(self.path / "iommu_group")
 
     @property
+    def translated(self):
+        """Whether an IOMMU lets no physical address of it through."""
+        return self.iommu_group is not None and (self.path / "iommu_group/type").read_text().strip() != "identity"
+
+    @property
     def numa_node(self):
         """The NUMA node that it is next to, or None where that means nothing."""
         try:

@@ -30,7 +30,9 @@ class SysfsBus(PciBus):
 
     def _open(self):
         self._check_use()
-        self._check_translation()
+        if self.function.translated:
+            raise IxyError(f"{self.name}: it is behind an IOMMU, which lets no physical address through; bind it to "
+                           "vfio-pci")
         config = self._file("config")
         try:
             fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
@@ -52,15 +54,6 @@ class SysfsBus(PciBus):
         if self._taken_from:
             with contextlib.suppress(OSError):  # the driver is not there any more, or does not want it
                 (self.function.root / "sys/bus/pci/drivers" / self._taken_from / "bind").write_text(self.name)
-
-    def _check_translation(self):
-        group = self.function.iommu_group
-        if group is None:
-            return
-        kind = (self.function.root / "sys/kernel/iommu_groups" / group / "type").read_text().strip()
-        if kind != "identity":
-            raise IxyError(f"{self.name}: it is behind an IOMMU, which lets no physical address through; bind it to "
-                           "vfio-pci")
 
     def _check_use(self):
         driver, use = self.function.driver, self.function.use

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...core.errors import IxyError, UsageError
+from ...core.errors import IxyError
 from ...core.memory import DmaMemory, new_record, record
 from ...core.pool import ADDRESS_SHIFT
 from ...core.registers import Registers
@@ -110,9 +110,6 @@ class Ixgbe(Device):
             self._memory.close()
         return held
 
-    def wait_for_link(self, timeout_s=10.0):
-        return setup.wait_for_link(self.regs, timeout_s)
-
     @property
     def link_mbit(self):
         return setup.link_mbit(self.regs)
@@ -122,9 +119,7 @@ class Ixgbe(Device):
         low, high = self.regs.read(r.RAL[0]), self.regs.read(r.RAH[0])
         return low.to_bytes(4, "little") + r.RAH.ADDR.get(high).to_bytes(2, "little")
 
-    def set_mac(self, address):
-        if len(address) != 6 or address[0] & 1:
-            raise UsageError(f"{self.name}: MAC address {bytes(address).hex(':')}: expected 6 bytes, no group address")
+    def _set_mac(self, address):
         self.regs.write(r.RAL[0], int.from_bytes(address[:4], "little"))
         self.regs.write(r.RAH[0], int.from_bytes(address[4:], "little") | r.RAH.AV)
 

@@ -168,14 +168,6 @@ def link_mbit(regs):
     return {1: 100, 2: 1000, 3: 10000}.get(r.LINKS.SPEED.get(links), 0) if links & r.LINKS.UP else 0
 
 
-def wait_for_link(regs, timeout_s):
-    """Mbit/s as soon as the link is up, 0 after `timeout_s` seconds."""
-    deadline = time.monotonic() + timeout_s
-    while not link_mbit(regs) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return link_mbit(regs)
-
-
 def quiesce(regs, rx_queues, tx_queues):
     """4.6.7.1, 4.6.8.1, 5.2.5.3.2: queues off, then no more DMA. Tries every step and returns the errors met."""
     errors = []

@@ -1,7 +1,6 @@
 """Virtio network devices over split virtqueues (virtio 1.1, section 5.1), on any virtio transport."""
 
 import os
-import time
 
 import numpy as np
 
@@ -171,22 +170,14 @@ class Virtio(Device):
         up = status is None or status[0] & r.LINK_UP
         return 10000 if up and self.transport.connected else 0
 
-    def wait_for_link(self, timeout_s=10.0):
-        deadline = time.monotonic() + timeout_s
-        while not self.link_mbit and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return self.link_mbit
-
     @property
     def mac(self):
         return self._mac
 
-    def set_mac(self, address):
-        if len(address) != 6 or address[0] & 1:
-            raise UsageError(f"{self.name}: MAC address {bytes(address).hex(':')}: expected 6 bytes, no group address")
+    def _set_mac(self, address):
         if self.features & r.CTRL_MAC_ADDR:
             self._control.send(SET_MAC, address)
-        self._mac = bytes(address)
+        self._mac = address
 
     def _set_promiscuous(self, on):
         """Where the device has no filter to switch, it brings frames for any address."""
