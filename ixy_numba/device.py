@@ -49,7 +49,7 @@ def mbit(packets, data_bytes):
     return (data_bytes + 24 * packets) * 8 / 1e6
 
 
-DRAIN_S = 0.1
+DRAIN_S = 0.1  # for what is queued when a device is closed
 _open = set()  # keeps every device, its pools and their memory alive until it is closed, or the interpreter ends
 
 
@@ -158,6 +158,18 @@ class Device(ABC):
             time.sleep(0.01)
         return mbit
 
+    def wait_until_sent(self, timeout_s):
+        """Whether the device has sent all that it was given, within `timeout_s` seconds or until its link is down."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while unsent := self._unsent():
+                if not self.link_mbit or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.0005)
+        except IxyError:  # it is gone
+            return False
+        return not unsent
+
     def close(self, timeout_s=60.0):
         """Kernels stopped, queues off, DMA stopped, memory back. Safe to call twice.
 
@@ -227,18 +239,6 @@ class Device(ABC):
             raise DmaError(f"{self.name}: a ring of {self.ring_size} descriptors is not contiguous for the device; "
                            "choose a smaller ring size")
         return ring, int(touched[0]) + start % page
-
-    def wait_until_sent(self, timeout_s):
-        """Whether the device has sent all that it was given, within `timeout_s` seconds or until its link is down."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            while unsent := self._unsent():
-                if not self.link_mbit or time.monotonic() >= deadline:
-                    break
-                time.sleep(0.0005)
-        except IxyError:  # it is gone
-            return False
-        return not unsent
 
     @abstractmethod
     def _unsent(self):

@@ -20,6 +20,7 @@ from .device import open_device
 
 BILLION = U(1_000_000_000)
 FIRST_PORT = U(1024)
+SENT_S = 2.0  # for the last packets to get on the wire
 JOB = np.dtype([
     ("stop", "u8"), ("batch_size", "u8"), ("budget", "u8"),  # packets to send, all told
     ("rate", "u8"),  # packets a second; 0: as fast as it goes
@@ -103,18 +104,13 @@ def run(argv, stop):
         with cli.Worker(tick, generate, device.tx[0], work) as worker:
             report.watch(worker, lambda: worker.ended is not None, worker.tick)
         sent = int(job.sent)
-        wait_until_sent(device, sent)
+        if not device.wait_until_sent(SENT_S):
+            raise IxyError(f"{device.name}: {sent} packets queued, not all of them were sent within {SENT_S} s; is the "
+                           "link up?")
         mpps = cli.rate(sent, report.seconds)
         report.finish(f"sent {sent} packets of {args.size} bytes in {report.seconds:.3f} s: {mpps:.3f} Mpps",
                       batch_size=args.batch_size, sent_packets=sent, size=args.size, flows=args.flows, mpps=mpps)
     return cli.EXIT_OK
-
-
-def wait_until_sent(device, packets, timeout_s=2.0):
-    """Until the device has put all `packets` on the wire; IxyError if it does not (its link is down)."""
-    if not device.wait_until_sent(timeout_s):
-        raise IxyError(f"{device.name}: {packets} packets queued, not all of them were sent within {timeout_s} s; "
-                       "is the link up?")
 
 
 if __name__ == "__main__":
